@@ -1,0 +1,51 @@
+# make quickstart   distil a small model from start to finish on this machine
+# make test         lint, format, types and tests
+#
+# Both make .venv first. Variables:
+#   PYTHON       the Python (3.11 or 3.12) that .venv is made with
+#   TORCH_INDEX  a pip index URL for torch on a machine without an NVIDIA GPU, such as PyTorch's own index of
+#                CPU builds (see the installation page of pytorch.org). Empty: pip's default index.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-full lint format clean
+
+help:
+	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
+
+quickstart: $(VENV)/.installed-quickstart
+	$(BIN)/python -m tools.quickstart
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-full: export MEGATRON_OPD_FULL := 1
+test-full: test
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find megatron_opd tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv with the package, editable, and the extra named by the stamp. Without an NVIDIA GPU torch comes first, so that
+# TORCH_INDEX holds for torch alone.
+$(VENV)/.installed-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi > /dev/null || $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) install --editable '.[$*]'
+	touch $@

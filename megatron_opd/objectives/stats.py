@@ -1,0 +1,30 @@
+"""What a divergence function knows about every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Per-token results, all of shape [N], in nats, float32 (float64 for float64 logits).
+
+    With tensor parallelism every rank of the group holds the same values. Log-probabilities are those of the
+    given target tokens under softmax(logits / temperature); they are None where no targets were given, the
+    entropies where none were asked for.
+    """
+
+    divergence: Tensor  # differentiable in the student
+    student_logprob: Tensor | None = None  # differentiable in the student
+    teacher_logprob: Tensor | None = None
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+
+    @property
+    def log_gap(self) -> Tensor:
+        """A = log p_teacher(target) - log p_student(target), detached, [N]. ValueError without targets."""
+        if self.student_logprob is None or self.teacher_logprob is None:
+            raise ValueError("the log-gap needs the targets: pass targets= to the divergence")
+        return (self.teacher_logprob - self.student_logprob).detach()

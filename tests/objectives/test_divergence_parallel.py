@@ -1,0 +1,171 @@
+"""vocab_parallel_divergence on 1, 2 and 4 ranks against the float64 reference: values, gradients, traffic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_opd.objectives import vocab_parallel_divergence
+from tests.gloo_pool import GlooPools
+from tests.objectives.cases import FIELDS, Case, Outcome, random_case, run_shard
+
+WORLDS = [1, 2, 4]
+
+
+def assert_matches(case: Case, outcomes: list[Outcome], tolerance: float) -> None:
+    """Statistics on every rank and the gradient of every shard, relative to their own size."""
+    stats, gradient = case.truth()
+    for outcome in outcomes:
+        for name in FIELDS:
+            torch.testing.assert_close(
+                outcome.stats[name].double(),  # type: ignore[union-attr]
+                getattr(stats, name).detach(),
+                rtol=tolerance,
+                atol=tolerance,
+            )
+    shards = torch.cat([outcome.gradient for outcome in outcomes], dim=1)
+    torch.testing.assert_close(shards.double(), gradient, rtol=tolerance, atol=tolerance)
+    assert (shards[:, case.options.get("vocab_size", shards.shape[1]) :] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("vocab_size", [96, 83, 60])  # none, some and more than a shard of padding on 4 ranks
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_float64_exact(gloo: GlooPools, world_size: int, vocab_size: int, temperature: float) -> None:
+    case = random_case(vocab_size=vocab_size, temperature=temperature)
+    case.student[:, vocab_size:] = 1e3  # what padding rows of a head give is arbitrary
+    case.teacher[:, vocab_size:] = torch.nan
+    assert_matches(case, gloo(world_size, run_shard, case), 1e-12)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_one_gather_forward_nothing_backward_nothing_saved(gloo: GlooPools, world_size: int) -> None:
+    case = random_case()
+    count, width = case.student.shape
+    for outcome in gloo(world_size, run_shard, case):
+        assert outcome.collectives == (1, 0)
+        big = [entry for entry in outcome.saved if entry[0] >= count * width // world_size]
+        assert len(big) == 2 and all(is_logits for _, is_logits in big)
+        assert sum(numel for numel, _ in outcome.saved) - 2 * big[0][0] <= 8 * count
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_huge_logits(gloo: GlooPools, dtype: torch.dtype, tolerance: float) -> None:
+    case = random_case(vocab_size=90)
+    case.student = (torch.sign(case.student) * 1e4 + case.student).to(dtype)
+    case.teacher = (torch.sign(case.teacher.flip(0)) * 1e4 + case.teacher).to(dtype)
+    outcomes = gloo(4, run_shard, case)
+    assert all(torch.isfinite(outcome.gradient).all() for outcome in outcomes)
+    scale = case.truth()[0].divergence.max().item()
+    assert scale > 1e3
+    case.divergence_grad /= scale
+    assert_matches(case, gloo(4, run_shard, case), tolerance)
+
+
+def test_minus_inf_logits(gloo: GlooPools) -> None:
+    case = random_case()
+    case.targets.fill_(5)
+    case.student[:, 10:20] = -torch.inf  # the student's own mask
+    case.teacher[:, 15:20] = -torch.inf  # of which the teacher shares a part
+    case.student[:7, 48:72] = -torch.inf  # a whole shard of 4, for some tokens
+    case.teacher[:3, 48:72] = -torch.inf
+    outcomes = gloo(4, run_shard, case)
+    assert_matches(case, outcomes, 1e-12)
+    assert (torch.cat([outcome.gradient for outcome in outcomes], dim=1)[:, 10:20] == 0).all()
+
+
+def test_excluded_id_in_a_shard_without_student_mass(gloo: GlooPools) -> None:
+    case = random_case()
+    case.targets.fill_(5)
+    case.student[:, 72:] -= 1e5  # probability 0 in float64
+    case.teacher[:, 80] = -torch.inf
+    whole = gloo(1, run_shard, case)[0]
+    outcomes = gloo(4, run_shard, case)
+    assert whole.stats["divergence"].isfinite().all()
+    torch.testing.assert_close(outcomes[1].stats, whole.stats, rtol=1e-12, atol=1e-12)
+    shards = torch.cat([outcome.gradient for outcome in outcomes], dim=1)
+    torch.testing.assert_close(shards, whole.gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_low_precision(gloo: GlooPools) -> None:
+    for dtype, value_tolerance, gradient_tolerance in (
+        (torch.float32, 2e-5, 2e-5),
+        (torch.bfloat16, 2e-5, 2**-7),
+        (torch.float16, 2e-5, 2**-10),
+    ):
+        case = random_case(count=9, width=4096, dtype=dtype, vocab_size=4001)
+        stats, gradient = case.truth()
+        outcomes = gloo(2, run_shard, case)
+        for name in FIELDS:
+            value = outcomes[0].stats[name]
+            assert value is not None and value.dtype == torch.float32
+            torch.testing.assert_close(
+                value.double(), getattr(stats, name).detach(), rtol=value_tolerance, atol=value_tolerance
+            )
+        shards = torch.cat([outcome.gradient for outcome in outcomes], dim=1)
+        assert shards.dtype == dtype
+        torch.testing.assert_close(
+            shards.double(), gradient, rtol=gradient_tolerance, atol=gradient_tolerance / 8
+        )
+
+
+def test_no_tokens(gloo: GlooPools) -> None:
+    for outcome in gloo(4, run_shard, random_case(count=0, vocab_size=60)):
+        assert outcome.gradient.shape == (0, 24)
+        assert all(outcome.stats[name].shape == (0,) for name in FIELDS)
+
+
+def checked(case: Case) -> str:
+    try:
+        run_shard(case)
+    except FloatingPointError as error:
+        return str(error)
+    return "passed"
+
+
+@pytest.mark.parametrize("tensor", ["student", "teacher"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_check_names_the_tensor_on_every_rank(gloo: GlooPools, tensor: str, value: float) -> None:
+    case = random_case(check=True)
+    assert gloo(4, checked, case) == ["passed"] * 4
+    getattr(case, tensor)[6, 50] = value
+    messages = gloo(4, checked, case)
+    assert len(set(messages)) == 1
+    where = "on tensor-parallel ranks [2], at 1 of 13 tokens, first at token 6"
+    assert messages[0] == f"{tensor} logits hold NaN or inf {where}"
+
+
+def test_check_finds_empty_rows_and_excluded_ids(gloo: GlooPools) -> None:
+    case = random_case(check=True)
+    case.student[3] = -torch.inf
+    assert set(gloo(2, checked, case)) == {
+        "student logits have no finite value, at 1 of 13 tokens, first at token 3"
+    }
+    case = random_case(check=True)
+    case.teacher[4, 95] = -torch.inf
+    messages = set(gloo(2, checked, case))
+    assert messages == {
+        "teacher logits are -inf where the student may draw, at 1 of 13 tokens, first at token 4"
+    }
+
+
+@pytest.mark.parametrize("tensor", ["student", "teacher"])
+def test_nan_without_check_is_not_hidden(gloo: GlooPools, tensor: str) -> None:
+    case = random_case()
+    case.logprob_grad.zero_()
+    getattr(case, tensor)[6, 50] = torch.nan
+    for outcome in gloo(4, run_shard, case):
+        assert outcome.stats["divergence"].isnan().nonzero().tolist() == [[6]]
+        assert outcome.gradient[6].isnan().all()
+        assert outcome.gradient[[t for t in range(13) if t != 6]].isfinite().all()
+
+
+def too_wide(case: Case) -> str:
+    with pytest.raises(ValueError, match="vocab_size must be between 1 and 192") as caught:
+        vocab_parallel_divergence(case.student, case.teacher, vocab_size=193, group=dist.group.WORLD)
+    return str(caught.value)
+
+
+def test_vocab_size_beyond_the_shards(gloo: GlooPools) -> None:
+    assert len(gloo(2, too_wide, random_case())) == 2
