@@ -1,0 +1,147 @@
+"""Conditions that span several keys, the models and the number of processes: checked before anything is
+built.
+
+Pure functions of plain values. Each raises UserError with one line that names the key and the remedy.
+"""
+
+import math
+from typing import Protocol
+
+from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.errors import UserError
+
+
+class ModelSizes(Protocol):
+    """The sizes of a model that a layout has to fit. Counts are of the whole model."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_groups(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+
+
+def processes_needed(parallel: ParallelConfig) -> int:
+    """Processes that the layout asks for; one replica where `parallel.data` is left open."""
+    return parallel.tensor * parallel.pipeline * parallel.context * (parallel.data or 1)
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Replicas of the model on `world_size` processes. Raises UserError unless it fills them exactly."""
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    product = "parallel.tensor * parallel.pipeline * parallel.context"
+    if parallel.data is not None and replica * parallel.data != world_size:
+        raise UserError(
+            f"parallel: {product} * parallel.data is {replica * parallel.data}, but {world_size} processes "
+            f"run: start {replica * parallel.data} processes, or leave parallel.data null"
+        )
+    if world_size % replica:
+        raise UserError(
+            f"parallel: {product} is {replica}, which does not divide the {world_size} processes that run: "
+            f"start a multiple of {replica}"
+        )
+    return world_size // replica
+
+
+def check_fields(config: Config) -> None:
+    """Conditions between keys alone."""
+    optimizer, training, parallel = config.optimizer, config.training, config.parallel
+    if parallel.context > 1:
+        raise UserError("parallel.context: context parallelism is not available yet: set it to 1")
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        raise UserError("parallel.sequence_parallel: needs parallel.tensor > 1: set it to false")
+    if optimizer.warmup_steps > training.steps:
+        raise UserError(
+            f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than training.steps = "
+            f"{training.steps}: lower it"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr: {optimizer.min_lr:g} is more than optimizer.lr = {optimizer.lr:g}: lower it"
+        )
+    if config.evaluation.every and config.evaluation.prompts is None:
+        raise UserError(
+            "evaluation.every: there is nothing to evaluate on: give evaluation.prompts, or set it to 0"
+        )
+    _check_microbatch(config)
+
+
+def check_layout(config: Config, student: ModelSizes, teacher: ModelSizes, world_size: int) -> ParallelConfig:
+    """Conditions between `config`, the models and the number of processes, `check_fields` included.
+
+    Returns the layout with `data` filled in.
+    """
+    check_fields(config)
+    data = data_parallel_size(config.parallel, world_size)
+    rollout = config.rollout
+    batch = rollout.prompts_per_step * rollout.samples_per_prompt
+    if batch % data:
+        raise UserError(
+            f"rollout.prompts_per_step: {rollout.prompts_per_step} prompts of {rollout.samples_per_prompt} "
+            f"samples do not divide by {data} data-parallel replicas: make their product a multiple of {data}"
+        )
+    models = {"student": student, "teacher": teacher}
+    _check_divisible(config.parallel, models)
+    for role, model in models.items():
+        _check_rollout(config, role, model)
+    return config.parallel.model_copy(update={"data": data})
+
+
+def _check_microbatch(config: Config) -> None:
+    """The longest sequence, padded to whole shards, has to fit a microbatch."""
+    budget, tensor = config.training.microbatch_tokens, config.parallel.tensor
+    shards = tensor if config.parallel.sequence_parallel else 1
+    if budget % shards:
+        raise UserError(
+            f"training.microbatch_tokens: {budget} does not divide by parallel.tensor = {tensor}, as "
+            f"parallel.sequence_parallel needs: use {-(-budget // shards) * shards}"
+        )
+    longest = _longest_sequence(config)
+    needed = -(-longest // shards) * shards
+    if needed > budget:
+        raise UserError(
+            f"training.microbatch_tokens: {budget} cannot hold data.max_prompt_tokens + "
+            f"rollout.max_new_tokens = {longest} tokens: raise it to {needed} at least, or lower these"
+        )
+
+
+def _check_divisible(parallel: ParallelConfig, models: dict[str, ModelSizes]) -> None:
+    """Heads and key-value heads over TP, layers over PP, in every model."""
+    heads = {f"attention heads of the {role}": model.num_heads for role, model in models.items()}
+    groups = {f"key-value heads of the {role}": model.num_kv_groups for role, model in models.items()}
+    layers = {f"layers of the {role}": model.num_layers for role, model in models.items()}
+    for key, size, counts in (
+        ("parallel.tensor", parallel.tensor, heads | groups),
+        ("parallel.pipeline", parallel.pipeline, layers),
+    ):
+        common = math.gcd(*counts.values())
+        fitting = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)
+        for what, count in counts.items():
+            if count % size:
+                raise UserError(f"{key}: {size} does not divide the {count} {what}: use one of {fitting}")
+
+
+def _check_rollout(config: Config, role: str, model: ModelSizes) -> None:
+    """The longest sequence has to fit the positions of the model, top-k its vocabulary."""
+    top_k = config.rollout.top_k
+    longest = _longest_sequence(config)
+    if longest > model.max_positions:
+        raise UserError(
+            f"rollout.max_new_tokens: data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, "
+            f"but the {role} has {model.max_positions} positions: lower one of them"
+        )
+    if top_k > model.vocab_size:
+        raise UserError(
+            f"rollout.top_k: {top_k} is more than the {model.vocab_size} tokens of the {role}'s vocabulary: "
+            "lower it, or set it to 0 for off"
+        )
+
+
+def _longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt with the longest response."""
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens

@@ -1,0 +1,37 @@
+"""Names of the configuration keys as a user writes them, and the nearest one to a misspelt name."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+from pydantic import BaseModel
+
+from megatron_opd.config.schema import Config
+
+
+def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Dotted name and model of every section below `model`, outer ones first."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield prefix + name, field.annotation
+            yield from sections(field.annotation, f"{prefix}{name}.")
+
+
+def all_keys() -> list[str]:
+    """Dotted names of every section and every key."""
+    inner = [f"{name}.{key}" for name, model in sections() for key in model.model_fields]
+    return [*Config.model_fields, *inner]
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """`: did you mean '...'?` with the nearest of the dotted names `known`, or nothing when none is near.
+
+    Near are, in this order: a similar name in the same section, the same name in another section, a similar
+    name anywhere.
+    """
+    section, _, last = name.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    near = [siblings[key] for key in difflib.get_close_matches(last, siblings, n=1)]
+    near = near or [key for key in known if key.rpartition(".")[2] == last]
+    others = [key for key in known if not name.startswith(f"{key}.")]
+    near = near or difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+    return f": did you mean '{near[0]}'?" if near else ""

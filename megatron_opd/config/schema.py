@@ -1,0 +1,184 @@
+"""Every key of a run's configuration: type, unit, default and range.
+
+`Config` is a tree of frozen models, one for each section of the YAML file. Types are strict: a quoted number
+is not a number, 1.0 is not an integer. A token is a token of the student's tokenizer. Paths may start with
+`~`; relative paths are relative to the current directory, not to the file that names them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _expand_home(path: Path) -> Path:
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
+LocalPath = Annotated[Path, Field(strict=False), AfterValidator(_expand_home)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A section of the configuration: immutable, unknown keys refused, no silent conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Where a model lies."""
+
+    path: LocalPath = Field(
+        description="Folder of the model: Hugging Face, converted to Megatron, or a checkpoint of a run."
+    )
+
+
+class ParallelConfig(Section):
+    """How the student is spread over processes. Ranks needed: tensor * pipeline * context * data."""
+
+    tensor: PositiveInt = Field(1, description="Processes that share the matrices of every layer (TP).")
+    pipeline: PositiveInt = Field(1, description="Consecutive groups of layers, one a process (PP).")
+    context: PositiveInt = Field(1, description="Processes that share every sequence (CP).")
+    data: PositiveInt | None = Field(
+        None, description="Replicas of the model (DP). null: as many as the started processes allow."
+    )
+    sequence_parallel: bool = Field(
+        False,
+        description="Shard what lies between tensor-parallel regions along the sequence; needs tensor > 1.",
+    )
+
+
+class DataConfig(Section):
+    """The training prompts."""
+
+    prompts: LocalPath = Field(description="JSONL file, or directory of JSONL files, with one prompt a line.")
+    prompt_field: str = Field("prompt", min_length=1, description="Key of the prompt's text in a line.")
+    max_prompt_tokens: PositiveInt = Field(
+        1024, description="Tokens, chat template included. Longer prompts are dropped and counted."
+    )
+    system_prompt: str | None = Field(
+        None,
+        description="System message put before every prompt. null: what the chat template does by itself.",
+    )
+    shuffle: bool = Field(True, description="Draw the prompts in a new order every epoch, fixed by `seed`.")
+
+
+class RolloutConfig(Section):
+    """What the student generates in a step."""
+
+    prompts_per_step: PositiveInt = Field(
+        64, description="Prompts in a step, over all data-parallel replicas."
+    )
+    samples_per_prompt: PositiveInt = Field(1, description="Responses drawn for every prompt.")
+    max_new_tokens: PositiveInt = Field(
+        2048, description="Tokens of a response at most, its stop token included."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divides the logits of rollout, student and teacher alike."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept. 1 is off.")
+    top_k: Count = Field(0, description="Number of likeliest tokens kept. 0 is off.")
+
+
+class TokenWeightConfig(Section):
+    """The weight of every response token in the loss."""
+
+    kind: Literal["uniform", "cumulative_share"] = Field(
+        "uniform",
+        description="uniform: 1. cumulative_share: 1 + gamma * (1 - share of |log-gap| before it).",
+    )
+    gamma: float = Field(0.5, ge=0, description="Strength of cumulative_share.")
+
+
+class ObjectiveConfig(Section):
+    """What is minimised: the mean over response tokens of token weight * divergence."""
+
+    preset: str | None = Field(
+        None, description="Named setting that fills the other keys of this section where they are not given."
+    )
+    divergence: Literal["reverse_kl"] = Field(
+        "reverse_kl", description="reverse_kl: KL(student || teacher) over the full vocabulary, nats."
+    )
+    token_weight: TokenWeightConfig = TokenWeightConfig()
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: float = Field(1e-6, gt=0, description="Learning rate after the warm-up.")
+    min_lr: float = Field(
+        0.0, ge=0, description="Learning rate that the schedule ends at; unused by `constant`."
+    )
+    warmup_steps: Count = Field(0, description="Steps over which the learning rate rises linearly to `lr`.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="Course of the learning rate from the end of the warm-up to the last step."
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay; not applied to norms and biases."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the gradient.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the mean of the squared gradient.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
+    clip_grad: float = Field(
+        1.0, ge=0, description="Global gradient norm at which gradients are clipped. 0 is off."
+    )
+    distributed: bool | None = Field(
+        None,
+        description="Shard the optimizer's state over data-parallel replicas. null: when there are several.",
+    )
+
+
+class TrainingConfig(Section):
+    """Length of the training and how a step is cut into microbatches."""
+
+    steps: PositiveInt = Field(200, description="Optimizer steps of the whole run.")
+    microbatch_tokens: PositiveInt = Field(
+        8192, description="Tokens (prompts and responses, padding included) of a packed microbatch at most."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Activations computed again in the backward pass: none, attention's, whole layers'.",
+    )
+
+
+class EvaluationConfig(Section):
+    """Held-out reverse KL on the student's own rollouts, before the first step and after the last."""
+
+    prompts: LocalPath | None = Field(
+        None,
+        description="Held-out prompts, a file or directory like `data.prompts`. null: no evaluation.",
+    )
+    every: Count = Field(
+        0, description="Also evaluate every so many steps. 0: only before the first and after the last."
+    )
+    max_prompts: PositiveInt = Field(128, description="Prompts used: the first of the file.")
+
+
+class CheckpointConfig(Section):
+    """What is saved, and when."""
+
+    save_every: Count = Field(50, description="Steps between two checkpoints. 0: only after the last step.")
+    keep_last: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+    export_hf: bool = Field(True, description="Write the final student as a Hugging Face folder too.")
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run_dir: LocalPath = Field(description="Directory that the run writes everything to, and resumes from.")
+    seed: Count = Field(0, description="Seed of the order of the prompts and of the sampling noise.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="Type of weights and activations. bf16 keeps float32 master weights in the optimizer.",
+    )
+    student: ModelConfig
+    teacher: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,0 +1,165 @@
+"""Conditions between keys, models and processes: what fits passes, what does not is named in one line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from megatron_opd.config.checks import check_fields, check_layout, data_parallel_size, processes_needed
+from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    num_layers: int = 24
+    num_heads: int = 8
+    num_kv_groups: int = 4
+    vocab_size: int = 1000
+    max_positions: int = 4096
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    """A configuration that fits `Sizes()` on one process, with the keys of `sections` changed."""
+    tree: dict[str, dict[str, Any]] = {
+        "student": {"path": "s"},
+        "teacher": {"path": "t"},
+        "data": {"prompts": "p", "max_prompt_tokens": 512},
+        "rollout": {"prompts_per_step": 6, "samples_per_prompt": 2, "max_new_tokens": 512},
+        "training": {"steps": 10, "microbatch_tokens": 1024},
+    }
+    for name, keys in sections.items():
+        tree[name] = {**tree.get(name, {}), **keys}
+    return Config.model_validate({"run_dir": "r", **tree})
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size"),
+    [
+        ({}, 1),
+        ({}, 4),
+        ({"tensor": 4, "pipeline": 3}, 12),
+        ({"tensor": 2, "sequence_parallel": True, "data": 3}, 6),
+        ({"pipeline": 24}, 24),
+    ],
+)
+def test_layouts_that_fit(parallel: dict[str, Any], world_size: int) -> None:
+    layout = check_layout(config(parallel=parallel), Sizes(), Sizes(num_layers=48), world_size)
+    assert processes_needed(layout) == world_size
+    assert layout.data is not None and layout.sequence_parallel == parallel.get("sequence_parallel", False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "expected"),
+    [
+        (
+            {"parallel": {"tensor": 3}},
+            3,
+            r"parallel\.tensor: 3 .*8 attention heads of the student: use one of 1, 2, 4",
+        ),
+        ({"parallel": {"tensor": 8}}, 8, r"parallel\.tensor: 8 .*4 key-value heads of the student"),
+        ({"parallel": {"pipeline": 5}}, 5, r"parallel\.pipeline: 5 .*24 layers of the student"),
+        ({"parallel": {"pipeline": 2, "data": 2}}, 2, r"parallel: .* is 4, but 2 processes run"),
+        ({"parallel": {"pipeline": 2}}, 3, r"parallel: .* is 2, which does not divide the 3 processes"),
+        ({"parallel": {"context": 2}}, 2, r"parallel\.context: .*not available yet"),
+        (
+            {"parallel": {"sequence_parallel": True}},
+            1,
+            r"parallel\.sequence_parallel: needs parallel\.tensor > 1",
+        ),
+        ({}, 5, r"rollout\.prompts_per_step: 6 prompts of 2 samples .* 5 data-parallel replicas"),
+        (
+            {"rollout": {"max_new_tokens": 513}},
+            1,
+            r"training\.microbatch_tokens: 1024 cannot hold .*raise it to 1025",
+        ),
+        (
+            {"parallel": {"tensor": 4, "sequence_parallel": True}, "training": {"microbatch_tokens": 1026}},
+            4,
+            r"training\.microbatch_tokens: 1026 does not divide by .*use 1028",
+        ),
+        (
+            {
+                "parallel": {"tensor": 4, "sequence_parallel": True},
+                "rollout": {"max_new_tokens": 513},
+                "training": {"microbatch_tokens": 1024},
+            },
+            4,
+            r"training\.microbatch_tokens: 1024 cannot hold .* 1025 tokens: raise it to 1028",
+        ),
+        (
+            {"rollout": {"max_new_tokens": 4000}, "training": {"microbatch_tokens": 8192}},
+            1,
+            r"rollout\.max_new_tokens: .* = 4512 tokens, but the student has 4096 positions",
+        ),
+        (
+            {"rollout": {"top_k": 1001}},
+            1,
+            r"rollout\.top_k: 1001 is more than the 1000 tokens of the student",
+        ),
+        (
+            {"optimizer": {"warmup_steps": 11}},
+            1,
+            r"optimizer\.warmup_steps: 11 is more than training\.steps = 10",
+        ),
+        (
+            {"optimizer": {"lr": 1e-5, "min_lr": 1e-4}},
+            1,
+            r"optimizer\.min_lr: 0\.0001 is more than optimizer\.lr",
+        ),
+        ({"evaluation": {"every": 5}}, 1, r"evaluation\.every: .*give evaluation\.prompts"),
+    ],
+)
+def test_layouts_that_do_not_fit(sections: dict[str, Any], world_size: int, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_layout(config(**sections), Sizes(), Sizes(), world_size)
+    assert re.match(expected, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sections", "expected"),
+    [
+        (
+            Sizes(num_heads=9, num_kv_groups=3),
+            {"parallel": {"tensor": 2}},
+            r"9 attention heads of the teacher",
+        ),
+        (
+            Sizes(num_kv_groups=1),
+            {"parallel": {"tensor": 2}},
+            r"1 key-value heads of the teacher: use one of 1$",
+        ),
+        (Sizes(num_layers=27), {"parallel": {"pipeline": 2}}, r"27 layers of the teacher: use one of 1, 3$"),
+        (Sizes(max_positions=1023), {}, r"the teacher has 1023 positions"),
+        (Sizes(vocab_size=10), {"rollout": {"top_k": 11}}, r"10 tokens of the teacher's vocabulary"),
+    ],
+)
+def test_the_teacher_has_to_fit_too(teacher: Sizes, sections: dict[str, Any], expected: str) -> None:
+    world_size = 2 if "parallel" in sections else 1
+    check_layout(config(**sections), replace(teacher, **vars(Sizes())), Sizes(), world_size)
+    with pytest.raises(UserError, match=expected):
+        check_layout(config(**sections), Sizes(), teacher, world_size)
+
+
+def test_limits_are_inclusive() -> None:
+    exact = config(optimizer={"warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5}, rollout={"top_k": 1000})
+    check_layout(exact, Sizes(max_positions=1024), Sizes(max_positions=1024), 1)
+
+
+def test_fields_need_no_model() -> None:
+    check_fields(config())
+    with pytest.raises(UserError, match="warmup_steps"):
+        check_fields(config(optimizer={"warmup_steps": 11}))
+
+
+def test_processes_and_replicas() -> None:
+    open_layout = ParallelConfig(tensor=2, pipeline=3)
+    assert processes_needed(open_layout) == 6
+    assert processes_needed(ParallelConfig(tensor=2, data=4)) == 8
+    assert data_parallel_size(open_layout, 6) == 1
+    assert data_parallel_size(open_layout, 24) == 4
+    assert data_parallel_size(ParallelConfig(data=4), 4) == 4
