@@ -1,0 +1,51 @@
+"""Process groups: sizes and members for every layout, and two layouts side by side."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_opd.parallel.groups import ParallelLayout, build_groups
+
+LAYOUTS = [
+    ParallelLayout(tensor=2, pipeline=2),
+    ParallelLayout(data=4),
+    ParallelLayout(tensor=2, data=2),
+    ParallelLayout(pipeline=2, data=2),
+    ParallelLayout(pipeline=4),
+]
+
+
+def _members(layout: ParallelLayout) -> dict[str, list[int]]:
+    groups = build_groups(layout)
+    names = ("tp", "pp", "dp", "cp", "mp", "dp_cp", "embd", "pos_embd", "ep")
+    found = {name: getattr(groups, name) for name in names}
+    return {name: dist.get_process_group_ranks(group) for name, group in found.items() if group is not None}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_sizes_and_membership(gloo, layout):
+    results = gloo(4, _members, layout)
+    for rank, members in enumerate(results):
+        assert len(members["tp"]) == layout.tensor
+        assert len(members["pp"]) == layout.pipeline
+        assert len(members["dp"]) == layout.data
+        assert len(members["mp"]) == layout.tensor * layout.pipeline
+        assert all(rank in ranks for ranks in members.values())
+        first, last = members["pp"][0], members["pp"][-1]
+        assert ("embd" in members) == (rank in (first, last))
+        assert ("pos_embd" in members) == (rank == first)
+        assert members["ep"] == [rank]
+    tensor_neighbours = [members["tp"] for members in results]
+    assert tensor_neighbours[0] == list(range(layout.tensor)), "tensor-parallel ranks are neighbours"
+
+
+def _two_models() -> float:
+    first = build_groups(ParallelLayout(tensor=2), rank_offset=0)
+    second = build_groups(ParallelLayout(pipeline=2), rank_offset=2)
+    value = torch.tensor(float(dist.get_rank() + 1))
+    dist.all_reduce(value, group=first.tp if dist.get_rank() < 2 else second.pp)
+    return float(value)
+
+
+def test_two_layouts_live_side_by_side(gloo):
+    assert gloo(4, _two_models) == [3.0, 3.0, 7.0, 7.0]
