@@ -1,0 +1,188 @@
+"""Packs rollouts into microbatches of fixed token budget, balanced over the data-parallel ranks.
+
+A rollout becomes one segment of `prompt + response[:-1]`: the last response token predicts nothing, so it is
+never an input. Targets are shifted inside each segment before packing; slicing for context parallelism comes
+later and needs no look at a neighbour. Shapes: T tokens of a microbatch (all segments with their padding), S
+segments.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from megatron_opd.data.rollouts import Rollout
+from megatron_opd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Packed (THD) input of one forward pass.
+
+    A microbatch without rollouts has one segment of padding and a mask that is False everywhere.
+    """
+
+    tokens_T: Tensor  # int64
+    position_ids_T: Tensor  # int64, restart at 0 in every segment
+    targets_T: Tensor  # int64: the token that position t predicts; 0 where mask_T is False
+    mask_T: Tensor  # bool: position predicts a response token (the loss positions)
+    rollout_logprobs_T: Tensor  # float32: the engine's log-prob of targets_T (nats); 0 where mask_T is False
+    cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, last == T; all divide by the alignment
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same microbatch on another device."""
+        return Microbatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    *,
+    dp_size: int,
+    token_budget: int,
+    alignment: int = 1,
+    pad_to_budget: bool = False,
+    pad_id: int = 0,
+) -> list[list[Microbatch]]:
+    """Deal the rollouts to the data-parallel ranks and pack each rank's share into microbatches.
+
+    `result[dp_rank]` are that rank's microbatches. Every rank has the same number of them, at least one;
+    where a rank would have fewer it splits its largest, and only when each holds one rollout it adds an empty
+    one. Deterministic: the same rollouts in the same order give the same microbatches.
+
+    Every segment is padded to a multiple of `alignment`, and no microbatch exceeds `token_budget` tokens.
+    With `pad_to_budget` each is brought to exactly the budget by one more segment of padding (pipeline stages
+    that exchange fixed shapes need it). Rollouts with an empty response have no loss position and are left
+    out (`count_empty_responses` counts them).
+
+    Raises UserError naming `training.microbatch_tokens` when one rollout alone exceeds the budget or when the
+    budget does not divide by the alignment under `pad_to_budget`.
+    """
+    if token_budget < alignment or (pad_to_budget and token_budget % alignment):
+        raise UserError(
+            f"training.microbatch_tokens = {token_budget} must be a positive multiple of {alignment} in this "
+            f"parallel layout; for example {max(1, -(-token_budget // alignment)) * alignment}"
+        )
+    kept = [rollout for rollout in rollouts if rollout.response_ids]
+    lengths = [_padded_length(rollout, alignment) for rollout in kept]
+    if lengths and max(lengths) > token_budget:
+        raise UserError(
+            f"training.microbatch_tokens = {token_budget} is too small for a rollout of {max(lengths)} "
+            f"tokens (prompt, response and padding); set it to {max(lengths)} or more"
+        )
+    bins_by_rank = [_fill_bins(share, lengths, token_budget) for share in _deal(lengths, dp_size)]
+    count = max(1, *(len(bins) for bins in bins_by_rank))
+    budget = token_budget if pad_to_budget else None
+    return [
+        [
+            _build([kept[i] for i in members], alignment, budget, pad_id)
+            for members in _spread(bins, lengths, count)
+        ]
+        for bins in bins_by_rank
+    ]
+
+
+def count_loss_tokens(microbatches: Iterable[Microbatch]) -> int:
+    """Loss positions over all microbatches: this rank's part of the normaliser M."""
+    return sum(int(microbatch.mask_T.sum()) for microbatch in microbatches)
+
+
+def count_empty_responses(rollouts: Iterable[Rollout]) -> int:
+    """Rollouts that `pack` leaves out because their response is empty."""
+    return sum(not rollout.response_ids for rollout in rollouts)
+
+
+def _padded_length(rollout: Rollout, alignment: int) -> int:
+    assert rollout.prompt_ids, (
+        "a rollout needs a prompt: without one nothing predicts the first response token"
+    )
+    assert len(rollout.logprobs) == len(rollout.response_ids), "one log-prob per response token"
+    length = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+    return -(-length // alignment) * alignment
+
+
+def _longest_first(indices: Iterable[int], lengths: list[int]) -> list[int]:
+    return sorted(indices, key=lambda i: (-lengths[i], i))
+
+
+def _deal(lengths: list[int], dp_size: int) -> list[list[int]]:
+    """Longest rollout first, each to the rank with the fewest tokens so far (the lowest rank on a tie)."""
+    shares: list[list[int]] = [[] for _ in range(dp_size)]
+    loads = [0] * dp_size
+    for i in _longest_first(range(len(lengths)), lengths):
+        rank = loads.index(min(loads))
+        shares[rank].append(i)
+        loads[rank] += lengths[i]
+    return shares
+
+
+def _fill_bins(share: list[int], lengths: list[int], token_budget: int) -> list[list[int]]:
+    """First-fit decreasing: a near-minimal number of microbatches within the budget."""
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for i in _longest_first(share, lengths):
+        fitting = (b for b, load in enumerate(loads) if load + lengths[i] <= token_budget)
+        b = next(fitting, len(bins))
+        if b == len(bins):
+            bins.append([])
+            loads.append(0)
+        bins[b].append(i)
+        loads[b] += lengths[i]
+    return bins
+
+
+def _spread(bins: list[list[int]], lengths: list[int], count: int) -> list[list[int]]:
+    """Bring a rank to `count` microbatches, halving the largest that can be split, and order them by
+    rollout."""
+    bins = [list(members) for members in bins]
+    while len(bins) < count:
+        splittable = [members for members in bins if len(members) > 1]
+        if not splittable:
+            bins.append([])
+            continue
+        largest = max(splittable, key=lambda members: (sum(lengths[i] for i in members), -min(members)))
+        bins.remove(largest)
+        bins.extend(_halve(largest, lengths))
+    # An empty microbatch goes last; the rest keep the order of the rollouts they hold.
+    return sorted((sorted(members) for members in bins), key=lambda members: (not members, members))
+
+
+def _halve(members: list[int], lengths: list[int]) -> list[list[int]]:
+    halves = _deal([lengths[i] for i in members], 2)
+    return [[members[position] for position in half] for half in halves]
+
+
+def _build(members: list[Rollout], alignment: int, budget: int | None, pad_id: int) -> Microbatch:
+    tokens: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    mask: list[bool] = []
+    logprobs: list[float] = []
+    offsets = [0]
+
+    def add_segment(
+        inputs: list[int], response: list[int], response_logprobs: list[float], length: int
+    ) -> None:
+        first = len(inputs) - len(response)  # the position that predicts the first response token
+        tail = length - len(inputs)
+        tokens.extend(inputs + [pad_id] * tail)
+        positions.extend(range(length))
+        targets.extend([0] * first + response + [0] * tail)
+        mask.extend([False] * first + [True] * len(response) + [False] * tail)
+        logprobs.extend([0.0] * first + response_logprobs + [0.0] * tail)
+        offsets.append(len(tokens))
+
+    for rollout in members:
+        inputs = rollout.prompt_ids + rollout.response_ids[:-1]
+        add_segment(inputs, rollout.response_ids, rollout.logprobs, _padded_length(rollout, alignment))
+    length = budget if budget is not None else len(tokens) or alignment
+    if length > len(tokens):
+        add_segment([], [], [], length - len(tokens))
+    return Microbatch(
+        tokens_T=torch.tensor(tokens, dtype=torch.int64),
+        position_ids_T=torch.tensor(positions, dtype=torch.int64),
+        targets_T=torch.tensor(targets, dtype=torch.int64),
+        mask_T=torch.tensor(mask, dtype=torch.bool),
+        rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
+        cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
+    )

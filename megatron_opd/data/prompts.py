@@ -1,0 +1,183 @@
+"""Prompts: loading, chat template, length limit, and a deterministic resumable order."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from megatron_opd.data.jsonl import read_column
+from megatron_opd.errors import UserError
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready for the rollout engine.
+
+    `id` is the row of the file as loaded, and `row@epoch` as drawn from a `PromptStream`: unique per draw,
+    the key of the sampling noise.
+    """
+
+    id: str
+    token_ids: list[int]  # chat template applied
+    text: str  # the user's text
+
+
+@dataclass(frozen=True)
+class LoadedPrompts:
+    """Prompts in file order, with what was left out and anything worth saying once at start-up."""
+
+    prompts: list[Prompt]
+    dropped_long: int  # longer than max_prompt_tokens
+    dropped_empty: int  # blank text
+    notes: list[str]
+
+
+def load_prompts(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    field: str = "prompt",
+    max_prompt_tokens: int,
+    system_prompt: str | None = None,
+) -> LoadedPrompts:
+    """Read, render and tokenise the prompts of a JSONL file or of a folder of JSONL files.
+
+    `field` holds text or a list of chat messages. The tokenizer's chat template is applied with the
+    generation prompt; `system_prompt` goes first unless a message list brings its own. A tokenizer without a
+    chat template gets the plain text. Prompts of more than `max_prompt_tokens` tokens are dropped and
+    counted. The id of a prompt is its row.
+
+    Raises UserError for unreadable input (naming file and line), malformed messages, a chat template that
+    refuses a prompt, and when nothing is left.
+    """
+    rows = [_messages(value, row, path, system_prompt) for row, value in enumerate(read_column(path, field))]
+    token_ids = _tokenise(rows, tokenizer, path)
+    texts = [_user_text(messages) for messages in rows]
+    prompts, dropped_long, dropped_empty = [], 0, 0
+    for row, (ids, text) in enumerate(zip(token_ids, texts, strict=True)):
+        if not text.strip() or not ids:
+            dropped_empty += 1
+        elif len(ids) > max_prompt_tokens:
+            dropped_long += 1
+        else:
+            prompts.append(Prompt(id=str(row), token_ids=ids, text=text))
+    if not prompts:
+        shortest = min(map(len, token_ids))
+        raise UserError(
+            f"{path}: no prompt is left: {dropped_long} exceed data.max_prompt_tokens = {max_prompt_tokens} "
+            f"(the shortest of all has {shortest} tokens), {dropped_empty} are empty"
+        )
+    return LoadedPrompts(
+        prompts, dropped_long, dropped_empty, _notes(path, tokenizer, dropped_long, dropped_empty)
+    )
+
+
+class PromptStream:
+    """An endless, deterministic sequence of prompts that can be resumed.
+
+    Every epoch goes through all prompts once, in an order that depends only on `seed` and the epoch (file
+    order when `shuffle` is off).
+    """
+
+    def __init__(self, prompts: list[Prompt], seed: int, shuffle: bool = True) -> None:
+        if not prompts:
+            raise UserError("data.prompts: no prompts to train on")
+        self._prompts = prompts
+        self._seed = seed
+        self._shuffle = shuffle
+        self._position = 0  # prompts drawn since the start of epoch 0
+        self._order: tuple[int, list[int]] = (-1, [])  # (epoch, its order)
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next `n` prompts, going on into the next epochs where one ends. Their ids are `row@epoch`."""
+        drawn = []
+        for position in range(self._position, self._position + n):
+            epoch, offset = divmod(position, len(self._prompts))
+            prompt = self._prompts[self._epoch_order(epoch)[offset]]
+            drawn.append(replace(prompt, id=f"{prompt.id}@{epoch}"))
+        self._position += n
+        return drawn
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and the number of prompts so that a changed prompt file is noticed on resume."""
+        return {"position": self._position, "prompts": len(self._prompts)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at a saved position. Raises UserError when the number of prompts has changed since."""
+        if state["prompts"] != len(self._prompts):
+            raise UserError(
+                f"data.prompts: the checkpoint was written with {state['prompts']} prompts, there are "
+                f"{len(self._prompts)} now; restore the file and data.max_prompt_tokens, or use a new run_dir"
+            )
+        self._position = state["position"]
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            order = list(range(len(self._prompts)))
+            if self._shuffle:
+                random.Random(f"prompts:{self._seed}:{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+def _messages(value: str | list[Any], row: int, path: Path, system_prompt: str | None) -> list[Message]:
+    if isinstance(value, str):
+        messages = [{"role": "user", "content": value}]
+    else:
+        messages = []
+        for item in value:
+            if not (
+                isinstance(item, dict)
+                and isinstance(item.get("role"), str)
+                and isinstance(item.get("content"), str)
+            ):
+                raise UserError(
+                    f"{path}: prompt {row} (from 0): a chat message needs 'role' and 'content' as text"
+                )
+            messages.append({"role": item["role"], "content": item["content"]})
+    if system_prompt is not None and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _user_text(messages: list[Message]) -> str:
+    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+
+
+def _tokenise(rows: list[list[Message]], tokenizer: PreTrainedTokenizerBase, path: Path) -> list[list[int]]:
+    """One fast batch. A chat template writes its own special tokens; plain text gets the tokenizer's."""
+    if not tokenizer.chat_template:
+        plain = ["\n\n".join(message["content"] for message in messages) for messages in rows]
+        return [list(ids) for ids in tokenizer(plain)["input_ids"]]
+    try:
+        rendered = [
+            str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            if messages
+            else ""
+            for messages in rows
+        ]
+    except TemplateError as error:
+        raise UserError(
+            f"{path}: the tokenizer's chat template refuses a prompt ({error}); check the message roles and "
+            "data.system_prompt"
+        ) from None
+    return [list(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+
+
+def _notes(
+    path: Path, tokenizer: PreTrainedTokenizerBase, dropped_long: int, dropped_empty: int
+) -> list[str]:
+    notes = []
+    if not tokenizer.chat_template:
+        notes.append(f"{path}: the tokenizer has no chat template, prompts are used as plain text")
+    if dropped_long:
+        notes.append(f"{path}: {dropped_long} prompts longer than data.max_prompt_tokens dropped")
+    if dropped_empty:
+        notes.append(f"{path}: {dropped_empty} empty prompts dropped")
+    return notes

@@ -1,0 +1,99 @@
+"""What a run tells the user while it goes and when it ends: rank 0's bar, metrics, samples, curve and summary."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megatron_opd.data.rollouts import Rollout, write_rollouts
+from megatron_opd.report.metrics import MetricsWriter, read_metrics
+from megatron_opd.report.plot import plot_curve
+from megatron_opd.report.progress import TrainingProgress
+
+SAMPLES = 16  # rollouts kept of each step
+
+
+class RunLog:
+    """Records the steps of a run in its directory. A context manager; on ranks other than 0 it does nothing.
+
+    `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it is set
+    aside, so that every step counts once. `decode` turns token ids into text.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, start: int, steps: int, enabled: bool, decode: Callable[[list[int]], str]
+    ) -> None:
+        self.run_dir = run_dir
+        self.enabled = enabled
+        self._decode = decode
+        if not enabled:
+            return
+        self._metrics = MetricsWriter(run_dir, start or None)
+        self._progress = TrainingProgress(steps, start)
+        for path in (run_dir / "rollouts").glob("step_*.jsonl"):
+            if int(path.stem.removeprefix("step_")) > start:
+                path.unlink()
+
+    def __enter__(self) -> Self:
+        if self.enabled:
+            self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.enabled:
+            self._progress.__exit__(kind, error, trace)
+            self._metrics.close()
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar where there is one."""
+        if self.enabled:
+            self._progress.say(line)
+
+    def step_begins(self) -> None:
+        """Start the clock of a step."""
+        if self.enabled:
+            self._progress.step_begins()
+
+    def record(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout] = ()) -> None:
+        """Append a step's metrics and keep a sample of its rollouts; step 0 is the state before training."""
+        if not self.enabled:
+            return
+        self._metrics.log(step, values)
+        if step > 0:
+            self._progress.update(step, values)
+            samples = self.run_dir / "rollouts" / f"step_{step:08d}.jsonl"
+            write_rollouts(samples, rollouts[:SAMPLES], decode=self._decode)
+        if values.get("skipped"):
+            self.say(f"step {step}: update skipped (gradient norm not finite, or no response tokens)")
+        if "eval/reverse_kl" in values:
+            self.say(f"step {step}: held-out reverse KL {values['eval/reverse_kl']:.4f} nats/token")
+
+    def summarise(self, *, checkpoint: Path, export: Path | None) -> None:
+        """Draw the curve and print what the run achieved and where its outputs are."""
+        if not self.enabled:
+            return
+        rows = read_metrics(self.run_dir)
+        heldout = [row["eval/reverse_kl"] for row in rows if row.get("eval/reverse_kl") is not None]
+        if len(heldout) > 1:
+            self.say(
+                f"held-out reverse KL: {heldout[0]:.3f} before, {heldout[-1]:.3f} after (nats per token)"
+            )
+        skipped = sum(row.get("skipped", 0) for row in rows)
+        if skipped:
+            self.say(f"skipped updates: {skipped}")
+        width = shutil.get_terminal_size().columns
+        outputs = {
+            "checkpoint": checkpoint,
+            "Hugging Face": export,
+            "metrics": self.run_dir / "metrics.jsonl",
+            "TensorBoard": self.run_dir / "tensorboard",
+            "samples": self.run_dir / "rollouts",
+            "curve": plot_curve(self.run_dir),
+        }
+        self.say("─" * min(width, 80))
+        for name, path in outputs.items():
+            if path is not None:
+                self.say(f"{name:>12}  {path}")

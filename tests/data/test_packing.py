@@ -1,0 +1,193 @@
+"""Packing: nothing lost, nothing doubled, every target where it belongs, budgets kept, ranks in step."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_opd.data.packing import Microbatch, count_empty_responses, count_loss_tokens, pack
+from megatron_opd.data.rollouts import Rollout
+from megatron_opd.errors import UserError
+
+BUDGET = 48
+
+
+def rollout(prompt: list[int], response: list[int], name: int = 0) -> Rollout:
+    # Log-probs that tell which token of which rollout they belong to.
+    logprobs = [-(name + (i + 1) / 128) for i in range(len(response))]
+    return Rollout(str(name), 0, prompt, response, logprobs, "length", 0)
+
+
+@st.composite
+def rollout_lists(draw: st.DrawFn) -> list[Rollout]:
+    shapes = draw(st.lists(st.tuples(st.integers(1, 16), st.integers(0, 24)), max_size=24))
+    ids = st.integers(1, 999)
+    return [
+        rollout(
+            draw(st.lists(ids, min_size=p, max_size=p)), draw(st.lists(ids, min_size=r, max_size=r)), name
+        )
+        for name, (p, r) in enumerate(shapes)
+    ]
+
+
+def segments(microbatch: Microbatch) -> list[slice]:
+    offsets = microbatch.cu_seqlens.tolist()
+    return [slice(a, b) for a, b in pairwise(offsets)]
+
+
+def loss_positions(packed: list[list[Microbatch]]) -> Counter:
+    """(input token, target, log-prob) of every loss position."""
+    found: Counter = Counter()
+    for rank in packed:
+        for m in rank:
+            mask = m.mask_T
+            triples = (
+                m.tokens_T[mask].tolist(),
+                m.targets_T[mask].tolist(),
+                m.rollout_logprobs_T[mask].tolist(),
+            )
+            found.update(zip(*triples, strict=True))
+    return found
+
+
+def expected_positions(rollouts: list[Rollout]) -> Counter:
+    found: Counter = Counter()
+    for r in rollouts:
+        sequence = r.prompt_ids + r.response_ids
+        logprobs = torch.tensor(r.logprobs, dtype=torch.float32).tolist()
+        for i, (target, logprob) in enumerate(zip(r.response_ids, logprobs, strict=True)):
+            found[(sequence[len(r.prompt_ids) + i - 1], target, logprob)] += 1
+    return found
+
+
+def all_equal(a: list[list[Microbatch]], b: list[list[Microbatch]]) -> bool:
+    flat_a = [tensor for rank in a for m in rank for tensor in vars(m).values()]
+    flat_b = [tensor for rank in b for m in rank for tensor in vars(m).values()]
+    return len(flat_a) == len(flat_b) and all(map(torch.equal, flat_a, flat_b))
+
+
+layouts = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4, 8]), st.booleans())
+
+
+@given(rollout_lists(), layouts)
+def test_every_response_token_appears_once_with_its_target_and_logprob(rollouts, layout):
+    dp_size, alignment, pad = layout
+    packed = pack(rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment, pad_to_budget=pad)
+    assert loss_positions(packed) == expected_positions(rollouts)
+    assert sum(count_loss_tokens(rank) for rank in packed) == sum(len(r.response_ids) for r in rollouts)
+
+
+@given(rollout_lists(), layouts)
+def test_shapes_budgets_and_alignment(rollouts, layout):
+    dp_size, alignment, pad = layout
+    packed = pack(
+        rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment, pad_to_budget=pad, pad_id=7
+    )
+    assert len(packed) == dp_size
+    assert len({len(rank) for rank in packed}) == 1 and packed[0]
+    for m in (m for rank in packed for m in rank):
+        total = len(m.tokens_T)
+        assert (total == BUDGET) if pad else (0 < total <= BUDGET)
+        assert m.cu_seqlens.dtype == torch.int32 and m.cu_seqlens[0] == 0 and m.cu_seqlens[-1] == total
+        assert {len(t) for n, t in vars(m).items() if n != "cu_seqlens"} == {total}
+        for segment in segments(m):
+            length = segment.stop - segment.start
+            assert length > 0 and length % alignment == 0
+            assert torch.equal(m.position_ids_T[segment], torch.arange(length))
+        assert not m.targets_T[~m.mask_T].any() and not m.rollout_logprobs_T[~m.mask_T].any()
+
+
+@given(rollout_lists(), layouts)
+def test_each_segment_is_one_rollout_without_its_last_token(rollouts, layout):
+    dp_size, alignment, pad = layout
+    packed = pack(rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment, pad_to_budget=pad)
+    found: Counter = Counter()
+    for m in (m for rank in packed for m in rank):
+        for segment in segments(m):
+            mask = m.mask_T[segment]
+            if mask.any():
+                end = int(mask.nonzero().max()) + 1
+                found[(tuple(m.tokens_T[segment][:end].tolist()), int(mask.sum()))] += 1
+                assert not m.tokens_T[segment][end:].any()  # the rest is padding
+    kept = [r for r in rollouts if r.response_ids]
+    assert found == Counter(((*r.prompt_ids, *r.response_ids[:-1]), len(r.response_ids)) for r in kept)
+
+
+@given(rollout_lists(), layouts)
+def test_same_input_same_output(rollouts, layout):
+    dp_size, alignment, pad = layout
+    options = {"dp_size": dp_size, "token_budget": BUDGET, "alignment": alignment, "pad_to_budget": pad}
+    assert all_equal(pack(rollouts, **options), pack(list(rollouts), **options))
+
+
+def test_one_microbatch_by_hand():
+    packed = pack(
+        [rollout([1, 2], [3, 4, 5])], dp_size=1, token_budget=8, alignment=3, pad_id=9, pad_to_budget=False
+    )
+    (m,) = packed[0]
+    assert m.tokens_T.tolist() == [1, 2, 3, 4, 9, 9]
+    assert m.targets_T.tolist() == [0, 3, 4, 5, 0, 0]
+    assert m.mask_T.tolist() == [False, True, True, True, False, False]
+    assert m.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5]
+    assert m.rollout_logprobs_T.tolist() == [0.0, -1 / 128, -2 / 128, -3 / 128, 0.0, 0.0]
+    assert m.cu_seqlens.tolist() == [0, 6]
+
+
+def test_padding_to_the_budget_is_one_more_masked_segment():
+    (m,) = pack([rollout([1, 2], [3])], dp_size=1, token_budget=6, pad_to_budget=True, pad_id=9)[0]
+    assert m.tokens_T.tolist() == [1, 2, 9, 9, 9, 9]
+    assert m.cu_seqlens.tolist() == [0, 2, 6]
+    assert m.mask_T.tolist() == [False, True, False, False, False, False]
+
+
+def test_ranks_get_a_balanced_share_of_tokens():
+    lengths = [17, 16, 15, 14, 9, 8, 7, 6, 5, 4, 3, 2]
+    rollouts = [rollout([1], [2] * length, name) for name, length in enumerate(lengths)]
+    packed = pack(rollouts, dp_size=2, token_budget=64)
+    loads = [count_loss_tokens(rank) for rank in packed]
+    assert abs(loads[0] - loads[1]) <= 2
+
+
+def test_a_rank_with_too_few_microbatches_splits_instead_of_running_an_empty_one():
+    # Rank 0 gets 5 + 4 + 3 tokens and needs two microbatches, rank 1 gets 5 + 4 and would need one.
+    rollouts = [rollout([1], [2] * length, name) for name, length in enumerate([5, 5, 4, 4, 3])]
+    packed = pack(rollouts, dp_size=2, token_budget=9)
+    assert [[count_loss_tokens([m]) for m in rank] for rank in packed] == [[9, 3], [5, 4]]
+
+
+def test_a_rank_that_cannot_split_runs_an_empty_microbatch_last():
+    rollouts = [rollout([1], [2] * length, name) for name, length in enumerate([9, 8, 7])]
+    packed = pack(rollouts, dp_size=2, token_budget=10)
+    assert [[count_loss_tokens([m]) for m in rank] for rank in packed] == [[9, 0], [8, 7]]
+
+
+def test_a_rank_without_rollouts_runs_one_empty_microbatch():
+    packed = pack([rollout([1], [2, 3])], dp_size=2, token_budget=8, alignment=4)
+    assert [count_loss_tokens(rank) for rank in packed] == [2, 0]
+    (empty,) = packed[1]
+    assert empty.cu_seqlens.tolist() == [0, 4] and not empty.mask_T.any()
+
+
+def test_no_rollouts_at_all():
+    packed = pack([], dp_size=2, token_budget=8)
+    assert [[count_loss_tokens([m]) for m in rank] for rank in packed] == [[0], [0]]
+
+
+def test_empty_responses_are_left_out_and_counted():
+    rollouts = [rollout([1, 2], []), rollout([1, 2], [3]), rollout([4], [])]
+    assert count_empty_responses(rollouts) == 2
+    (m,) = pack(rollouts, dp_size=1, token_budget=8)[0]
+    assert m.tokens_T.tolist() == [1, 2]
+
+
+def test_a_rollout_longer_than_the_budget_is_an_error_naming_the_key():
+    with pytest.raises(UserError, match=r"training\.microbatch_tokens = 8 .* 12 tokens"):
+        pack([rollout([1] * 5, [2] * 6)], dp_size=1, token_budget=8, alignment=4)
+
+
+def test_a_budget_that_does_not_divide_is_an_error_naming_the_key():
+    with pytest.raises(UserError, match=r"training\.microbatch_tokens = 10 .* multiple of 4 .* 12"):
+        pack([rollout([1], [2])], dp_size=1, token_budget=10, alignment=4, pad_to_budget=True)
