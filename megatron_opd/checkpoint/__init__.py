@@ -1,0 +1,11 @@
+"""Weights on disk: Hugging Face folders, Megatron folders, and a run's own checkpoints.
+
+- `hf_families`: which Hugging Face tensors make up which megatron parameter; one table a family.
+- `hf_import`, `hf_export`: Hugging Face safetensors -> a model's shards, and back.
+- `weights`: fill a model from either kind of folder; the config and tokenizer that go with it.
+- `convert`: Hugging Face folder <-> Megatron folder.
+- `store`: a run's checkpoints, saved atomically and resumed.
+- `folders`: how a new folder comes into being: written aside, then published.
+
+Nothing here may import training, rollout, teacher or the loop.
+"""

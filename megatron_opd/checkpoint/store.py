@@ -1,0 +1,196 @@
+"""A run's checkpoints: written aside, published atomically, checksummed, resumed from the newest intact one.
+
+`checkpoints/step_00000040/` holds `state/` (megatron dist_checkpointing: model and optimizer, loads at any layout),
+`run.json` (step, prompt position), the Hugging Face `config.json` and tokenizer (so that the
+folder is a model folder), and `checksums.json`. It is written as `.writing_step_...` and renamed when complete, so a
+save cut short is never picked up. `checkpoints/latest` is a link for people; resuming looks at the folders themselves.
+
+Nothing random is saved: sampling noise is counter-based and the models have no dropout.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_opd.checkpoint.folders import why_refused
+from megatron_opd.checkpoint.weights import STATE, copy_model_files
+from megatron_opd.errors import UserError
+
+_PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoints of one run directory; every method is called by all ranks.
+
+    `model_folder` gives each checkpoint its config.json and tokenizer.
+    """
+
+    folder: Path
+    keep_last: int
+    groups: ProcessGroupCollection
+    model_folder: Path
+
+    def save(self, step: int, model: Any, optimizer: Any, run_state: dict[str, Any]) -> Path:
+        """Write and publish the checkpoint of `step`, then delete all but the newest `keep_last`.
+
+        Raises UserError, with the earlier checkpoints untouched, when the disk is or becomes full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = sharded_state(model, optimizer, self.groups, is_loading=False)
+        self._check_space(_local_bytes(state))
+        final = self.folder / f"{_PREFIX}{step:08d}"
+        aside = self.folder / f"{_ASIDE}{final.name}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / STATE).mkdir(parents=True)
+        dist.barrier()
+        try:
+            dist_checkpointing.save(state, str(aside / STATE))
+            if dist.get_rank() == 0:
+                self._publish(aside, final, {**run_state, "step": step})
+        except Exception as error:
+            self._give_up(aside, error)
+        dist.barrier()
+        return final
+
+    def _check_space(self, local_bytes: int) -> None:
+        """Before anything is written, so that all ranks give up together."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        needed = torch.tensor(float(local_bytes), dtype=torch.float64, device=device)
+        free = torch.tensor(float(shutil.disk_usage(self.folder).free), dtype=torch.float64, device=device)
+        dist.all_reduce(needed)
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)
+        if needed.item() > free.item():
+            sizes = f"{needed.item() / 1e9:.2f} GB needed, {free.item() / 1e9:.2f} GB free"
+            raise self._refused(f"no space left on device ({sizes})")
+
+    def _refused(self, reason: str) -> UserError:
+        kept = ", ".join(path.name for path in published(self.folder)) or "none"
+        return UserError(
+            f"cannot save a checkpoint to {self.folder}: {reason}; mend that (or lower checkpoint.keep_last) and start "
+            f"the same command again to resume (checkpoints kept: {kept})"
+        )
+
+    def _give_up(self, aside: Path, error: Exception) -> None:
+        """Remove what was written; a full disk or a refused write becomes a UserError."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        reason = why_refused(error)
+        if reason is None:
+            raise error
+        raise self._refused(reason) from error
+
+    def _publish(self, aside: Path, final: Path, run_state: dict[str, Any]) -> None:
+        copy_model_files(self.model_folder, aside)
+        (aside / "run.json").write_text(json.dumps(run_state, indent=1))
+        sums = {
+            str(path.relative_to(aside)): checksum(path)
+            for path in sorted(aside.rglob("*"))
+            if path.is_file()
+        }
+        (aside / "checksums.json").write_text(json.dumps(sums, indent=1))
+        for path in aside.rglob("*"):
+            _sync(path)
+        _sync(aside)
+        shutil.rmtree(final, ignore_errors=True)  # a later lineage saves the same step again
+        os.replace(aside, final)
+        link = self.folder / f"{_ASIDE}{_LATEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        os.replace(link, self.folder / _LATEST)
+        _sync(self.folder)
+        for old in published(self.folder)[: -self.keep_last]:
+            shutil.rmtree(old)
+
+    def newest_intact(self) -> Path | None:
+        """The newest checkpoint whose files all match their checksums; damaged ones are named and passed over.
+
+        Rank 0 reads the files, the others get its answer. 1 broadcast.
+        """
+        found: list[Path | None] = [None]
+        if dist.get_rank() == 0:
+            for folder in reversed(published(self.folder)):
+                damaged = first_damaged_file(folder)
+                if damaged is None:
+                    found = [folder]
+                    break
+                print(f"warning: checkpoint {folder} is damaged ({damaged}): passed over", file=sys.stderr)
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def load(self, folder: Path, model: Any, optimizer: Any) -> dict[str, Any]:
+        """Load model and optimizer from a checkpoint written at any layout; returns its run state."""
+        state = dist_checkpointing.load(
+            sharded_state(model, optimizer, self.groups, is_loading=True), str(folder / STATE)
+        )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return json.loads((folder / "run.json").read_text())
+
+
+def sharded_state(
+    model: Any, optimizer: Any, groups: ProcessGroupCollection, *, is_loading: bool
+) -> dict[str, Any]:
+    """Model and optimizer as megatron's sharded state dict, in the form that loads at another layout."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",  # the default type does not save torch's Adam at all
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": groups.dp_cp,
+    }
+    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def published(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def first_damaged_file(folder: Path) -> str | None:
+    """The first file of a checkpoint that is missing or differs from its checksum, None when all are intact."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+    except (OSError, ValueError):
+        return "checksums.json"
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file() or checksum(path) != expected:
+            return name
+    return None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or directory to the disk, so that the rename that publishes it cannot come before it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _local_bytes(state: Any) -> int:
+    """Bytes of this rank's tensors in a sharded state dict (replicas counted on every rank: an upper bound)."""
+    if isinstance(state, dict):
+        return sum(_local_bytes(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return sum(_local_bytes(value) for value in state)
+    data = getattr(state, "data", None)
+    return data.numel() * data.element_size() if torch.is_tensor(data) else 0

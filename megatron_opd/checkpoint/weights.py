@@ -1,0 +1,127 @@
+"""Fill a model from a model folder of either kind, and the files beside the weights.
+
+A Hugging Face folder holds config.json, safetensors and tokenizer files. A Megatron folder (a converted
+model, or a checkpoint of a run) holds the same config.json and tokenizer files and `state/`, megatron's
+dist_checkpointing format, which loads at any layout.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_opd.checkpoint.hf_import import load_hf_weights
+from megatron_opd.errors import UserError
+from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.gpt import GPT
+
+STATE = "state"
+"""Subfolder of a Megatron folder that holds the weights."""
+
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "generation_config.json",
+)
+
+
+def is_megatron_folder(folder: Path) -> bool:
+    """Whether the folder holds megatron weights (a converted model, or a checkpoint of a run)."""
+    return (folder / STATE).is_dir()
+
+
+def copy_tokenizer_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation defaults, as far as the source folder has them."""
+    for path in sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)}):
+        shutil.copyfile(path, target / path.name)
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy everything of a model folder that is not weights: config.json and the tokenizer files."""
+    shutil.copyfile(source / "config.json", target / "config.json")
+    copy_tokenizer_files(source, target)
+
+
+def load_model_weights(
+    model: GPT, arch: Architecture, folder: Path, *, groups: ProcessGroupCollection, padded_vocab_size: int
+) -> None:
+    """Fill this rank's parameters from a Hugging Face or a Megatron folder, cast to their dtype.
+
+    A Megatron folder may have been written at any layout and vocabulary padding, and may hold an optimizer
+    too; only the model's tensors are read. Rows of the padded vocabulary beyond those in the folder become
+    zero. Collectives: none for a Hugging Face folder; megatron's load of a Megatron folder spans WORLD.
+
+    Raises UserError for weights that are missing, cut short or do not fit the architecture.
+    """
+    if is_megatron_folder(folder):
+        load_megatron_weights(model, arch, folder, groups)
+    else:
+        load_hf_weights(
+            model,
+            arch,
+            folder,
+            tp_rank=groups.tp.rank(),
+            tp_size=groups.tp.size(),
+            padded_vocab_size=padded_vocab_size,
+        )
+
+
+@torch.no_grad()
+def load_megatron_weights(
+    model: GPT, arch: Architecture, folder: Path, groups: ProcessGroupCollection
+) -> None:
+    """Fill this rank's parameters from the `state/` of a Megatron folder. Collective over WORLD.
+
+    Names and shapes are checked first, from the checkpoint's metadata, by every rank alike.
+    """
+    state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
+    _check_state(state["model"], arch, folder)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder / STATE))
+    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+        raise UserError(f"cannot read {folder / STATE}: {_last_line(error)}") from error
+    model.load_state_dict(loaded["model"])
+
+
+def state_shapes(folder: Path) -> dict[str, ShardedTensor]:
+    """The tensors of a Megatron folder without their data: name -> `global_shape`, `dtype`.
+
+    Raises UserError when the folder holds no readable checkpoint.
+    """
+    try:
+        return dist_checkpointing.load_tensors_metadata(str(folder / STATE))
+    except (CheckpointingException, OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder / STATE} is not a complete checkpoint: {_last_line(error)}") from error
+
+
+def _check_state(
+    wanted: dict[str, ShardedTensor | ShardedTensorFactory], arch: Architecture, folder: Path
+) -> None:
+    found = state_shapes(folder)
+    for entry in wanted.values():
+        for tensor in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+            if not isinstance(tensor, ShardedTensor):
+                continue
+            if tensor.key not in found:
+                raise UserError(f"{folder / STATE} lacks the tensor {tensor.key} that config.json calls for")
+            shape, implied = found[tensor.key].global_shape, tensor.global_shape
+            padded = tensor.allow_shape_mismatch and shape[0] >= arch.vocab_size and shape[1:] == implied[1:]
+            if shape != implied and not padded:
+                sizes = f"has shape {list(shape)}, config.json implies {list(implied)}"
+                raise UserError(f"{folder / STATE}: {tensor.key} {sizes}")
+
+
+def _last_line(error: BaseException) -> str:
+    """The cause in one line: torch's checkpoint errors list every rank's traceback, then the cause."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__

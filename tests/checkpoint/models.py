@@ -1,0 +1,119 @@
+"""Small random Hugging Face models of every family, and the forward pass of a folder at a layout."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from megatron_opd.checkpoint.hf_export import export_hf_tensors
+from megatron_opd.checkpoint.hf_families import stage_parameters
+from megatron_opd.checkpoint.weights import load_model_weights
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.models.gpt import build_gpt, packed_forward
+from megatron_opd.models.lm_head import logits_shard
+from megatron_opd.parallel import cpu
+from megatron_opd.parallel.groups import ParallelLayout, build_groups
+from megatron_opd.parallel.schedule import run_schedule
+
+VOCAB = 131  # at TP 2 the second shard of 128 rows holds 3 real ones
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),
+}
+TOKENS = torch.arange(40) * 7 % VOCAB
+
+
+def write_hf(
+    folder: Path,
+    family: str,
+    *,
+    tied: bool,
+    vocab_size: int = VOCAB,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+) -> Path:
+    """A Hugging Face folder with random weights, biases and norms (transformers starts those at 0 and 1)."""
+    config_class, model_class, extra = FAMILIES[family]
+    torch.manual_seed(1)
+    config = config_class(**SIZES, **extra, vocab_size=vocab_size, tie_word_embeddings=tied)
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            else:
+                parameter.mul_(4)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def hf_model(folder: Path) -> torch.nn.Module:
+    """The folder in plain transformers."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def hf_logits(folder: Path) -> Tensor:
+    """transformers' logits [T, V] of `TOKENS`."""
+    with torch.no_grad():
+        return hf_model(folder)(TOKENS[None]).logits[0]
+
+
+def megatron_results(
+    folder: Path, layout: ParallelLayout, precision: str = "fp32"
+) -> tuple[Tensor | None, dict[str, Tensor], float]:
+    """On one rank: (logits [T, V] of `TOKENS`, last stage only; exported tensors; sum of |padding rows|)."""
+    cpu.install()
+    groups = build_groups(layout)
+    arch = read_architecture(folder)
+    padded = arch.padded_vocab_size(layout.tensor)
+    model = build_gpt(arch, layout, groups, precision=precision, padded_vocab_size=padded)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(99.0)  # nothing may keep its first value
+    load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
+
+    def forward_step(inputs, stage):
+        tokens = next(inputs)
+        hidden = packed_forward(
+            stage, tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
+        )
+        return hidden, lambda output, non_loss_data: output[:, 0]
+
+    outputs = run_schedule(forward_step, [TOKENS], model, groups, count=1, forward_only=True, collect=True)
+    logits = None
+    if outputs:
+        with torch.no_grad():
+            shard = logits_shard(outputs[0], model.head_weight)
+        shards = [torch.empty_like(shard) for _ in range(layout.tensor)]
+        dist.all_gather(shards, shard, group=groups.tp)
+        logits = torch.cat(shards, dim=1)[:, : arch.vocab_size]
+    exported = {name: tensor.clone() for name, tensor in export_hf_tensors(model, arch, groups)}
+    first_id = groups.tp.rank() * padded // layout.tensor
+    padding = max(
+        (
+            float(parameter[max(arch.vocab_size - first_id, 0) :].detach().abs().sum())
+            for name, parameter in stage_parameters(model).items()
+            if "layers" not in name and "norm" not in name
+        ),
+        default=0.0,
+    )
+    return logits, exported, padding

@@ -1,0 +1,172 @@
+"""Run checkpoints: resume exactly, at other layouts too; a damaged or unfinished one is never picked up."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_opd.checkpoint import store as store_module
+from megatron_opd.checkpoint.store import CheckpointStore, first_damaged_file, published
+from megatron_opd.config.schema import OptimizerConfig
+from megatron_opd.errors import UserError
+from megatron_opd.models.architecture import read_architecture
+from megatron_opd.parallel.groups import ParallelLayout
+from tests.training.test_layout_parity import assert_close
+from tests.training.tiny_run import TinyRun, build_run, save_pair
+
+ONE = ParallelLayout()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_pair(folder)
+    return folder
+
+
+def _store(run: TinyRun, models: Path, folder: Path, keep_last: int = 2) -> CheckpointStore:
+    return CheckpointStore(folder, keep_last, run.groups, models / "student-True")
+
+
+def _save(run: TinyRun, store: CheckpointStore, step: int) -> Path:
+    return store.save(step, run.student.gpt, run.student.optimizer, {"note": "kept"})
+
+
+def _save_and_go_on(
+    layout: ParallelLayout, models: Path, folder: Path, **options: Any
+) -> list[dict[str, float]]:
+    run = build_run(layout, models, **options)
+    run.train(range(2))
+    _save(run, _store(run, models, folder), 2)
+    return run.train(range(2, 5))
+
+
+def _resume(layout: ParallelLayout, models: Path, folder: Path, **options: Any) -> list[dict[str, float]]:
+    run = build_run(layout, models, **options)
+    run.train(range(1))  # a state that loading has to replace
+    store = _store(run, models, folder)
+    found = store.newest_intact()
+    assert found is not None
+    state = store.load(found, run.student.gpt, run.student.optimizer)
+    assert state == {"note": "kept", "step": 2}
+    run.student.continue_schedule(state["step"])
+    return run.train(range(2, 5))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "plain"])
+@pytest.mark.parametrize("layout", [ParallelLayout(data=2), ParallelLayout(tensor=2)], ids=str)
+def test_the_same_layout_goes_on_bit_for_bit(gloo, models, tmp_path, layout, distributed, precision):
+    """With torch's Adam the distributed optimizer of megatron-core alone resumes wrongly: see
+    parallel.torch_adam."""
+    options = {
+        "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=3, schedule="cosine", distributed=distributed),
+        "precision": precision,
+    }
+    uninterrupted = gloo(2, _save_and_go_on, layout, models, tmp_path, **options)
+    resumed = gloo(2, _resume, layout, models, tmp_path, **options)
+    assert resumed == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        (ParallelLayout(tensor=2, pipeline=2), ParallelLayout(data=2)),
+        (ParallelLayout(data=2), ParallelLayout(tensor=2, pipeline=2)),
+        (ParallelLayout(pipeline=2, data=2), ONE),
+    ],
+    ids=str,
+)
+def test_another_layout_goes_on_alike(gloo, models, tmp_path, saved, resumed):
+    distributed = {"optimizer": OptimizerConfig(lr=1e-3, distributed=True)}
+    curve = gloo(saved.world_size, _save_and_go_on, saved, models, tmp_path, **distributed)[0]
+    other = gloo(resumed.world_size, _resume, resumed, models, tmp_path, **distributed)[0]
+    assert_close(other, curve, 1e-5)
+
+
+def _save_steps(models: Path, folder: Path, steps: list[int]) -> str | None:
+    run = build_run(ONE, models)
+    store = _store(run, models, folder)
+    for step in steps:
+        _save(run, store, step)
+    found = store.newest_intact()
+    return None if found is None else found.name
+
+
+def _newest(models: Path, folder: Path) -> str | None:
+    return _save_steps(models, folder, [])
+
+
+def test_keeps_the_newest_and_is_a_model_folder(gloo, models, tmp_path):
+    assert gloo(1, _save_steps, models, tmp_path, [1, 2, 3]) == ["step_00000003"]
+    assert [path.name for path in published(tmp_path)] == ["step_00000002", "step_00000003"]
+    assert (tmp_path / "latest").resolve() == tmp_path / "step_00000003"
+    assert read_architecture(tmp_path / "latest").num_layers == 4
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink], ids=["bit flip", "truncation", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(gloo, models, tmp_path, damage):
+    gloo(1, _save_steps, models, tmp_path, [1, 2])
+    newest = tmp_path / "step_00000002"
+    victim = max((newest / "state").iterdir(), key=lambda path: path.stat().st_size)
+    damage(victim)
+    assert first_damaged_file(newest) == f"state/{victim.name}"
+    assert gloo(1, _newest, models, tmp_path) == ["step_00000001"]
+    _flip(tmp_path / "step_00000001" / "checksums.json")
+    assert gloo(1, _newest, models, tmp_path) == [None]
+
+
+def test_a_save_cut_short_is_never_picked_up(gloo, models, tmp_path):
+    gloo(1, _save_steps, models, tmp_path, [1])
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".writing_step_00000002")
+    assert gloo(1, _newest, models, tmp_path) == ["step_00000001"]
+    assert gloo(1, _save_steps, models, tmp_path, [2]) == ["step_00000002"]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def _save_on_a_full_disk(models: Path, folder: Path, when: str) -> str:
+    run = build_run(ParallelLayout(data=2), models)
+    store = _store(run, models, folder)
+    _save(run, store, 1)
+
+    def write_and_fail(state: Any, path: str) -> None:
+        (Path(path) / "half").write_bytes(b"x" * 100)
+        dist.barrier()  # megatron-core too collects what every rank wrote before it raises
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+        if when == "before":
+            patch.setattr(store_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        else:
+            patch.setattr(dist_checkpointing, "save", write_and_fail)
+        _save(run, store, 2)
+    dist.barrier()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_full_disk_loses_nothing(gloo, models, tmp_path, when):
+    for message in gloo(2, _save_on_a_full_disk, models, tmp_path, when):
+        assert "no space left on device" in message
+        assert "checkpoints kept: step_00000001" in message
+        assert "\n" not in message
+    assert [path.name for path in published(tmp_path)] == ["step_00000001"]
+    assert first_damaged_file(tmp_path / "step_00000001") is None
+    assert not list(tmp_path.glob(".writing*"))
