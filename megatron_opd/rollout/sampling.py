@@ -1,0 +1,138 @@
+"""How a token is drawn: the sampling settings, the noise, and logits -> (token, log-prob).
+
+The noise is counter-based: one uniform number for every (seed, prompt id, sample, position). A response is therefore
+the same whatever the parallel layout, whichever prompts share its batch, and after a resume, up to rounding of the
+logits.
+
+Shapes: B sequences, V vocabulary (with padding), C candidate tokens, K blocks of the vocabulary.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_opd.errors import UserError
+
+BLOCK = 128  # tokens a block of the two-level inverse CDF
+FIRST_CANDIDATES = 1024  # top-p looks at that many of the likeliest tokens before it looks at more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings of one `generate` call.
+
+    A token is drawn from softmax(logits / temperature), cut first to the `top_k` likeliest tokens (0: no cut), then to
+    the smallest set of likeliest tokens that holds at least `top_p` of what is left (1: no cut). `temperature` 0 takes
+    the likeliest token.
+    """
+
+    max_new_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: tuple[int, ...] = ()
+    n: int = 1  # samples a prompt
+
+
+def uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
+    """The noise of positions 0 ... count-1 of one response: float64 in [0, 1).
+
+    Philox with a key hashed from (seed, prompt id, sample); the position is the counter, so a longer call begins with
+    the numbers of a shorter one.
+    """
+    digest = hashlib.blake2b(f"{seed}|{sample}|{prompt_id}".encode(), digest_size=16).digest()
+    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def sample_tokens(
+    logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverse CDF: (ids int64 [B], log-probs float32 [B]).
+
+    `uniform_B` float64 in [0, 1). The log-prob is the token's under softmax(logits / temperature) before any cut, as
+    `Rollout.logprobs`; at temperature 0 under softmax(logits). Ids of `vocab_size` and more are never drawn and have
+    no share in the softmax. Without a cut nothing is sorted. Raises UserError when a row has NaN or infinite logits.
+    """
+    logits_BV = logits_BV[:, :vocab_size].float()
+    if sampling.temperature not in (0.0, 1.0):
+        logits_BV = logits_BV / sampling.temperature
+    top_B, argmax_B = logits_BV.max(-1)
+    weights_BV = _blocked_exp(logits_BV, top_B)
+    block_sums_BK = weights_BV.view(len(weights_BV), -1, BLOCK).sum(-1, dtype=torch.float64)
+    cumulative_BK = block_sums_BK.cumsum(-1)
+    if not bool(cumulative_BK[:, -1].isfinite().all()):
+        raise UserError(
+            "the student's logits are NaN or infinite: its weights have diverged; lower optimizer.lr and start from "
+            "an earlier checkpoint"
+        )
+    if sampling.temperature == 0:
+        ids_B = argmax_B
+    elif sampling.top_k or sampling.top_p < 1:
+        ids_B = _draw_truncated(weights_BV, uniform_B, cumulative_BK[:, -1], sampling, vocab_size)
+    else:
+        ids_B = _draw_blocked(weights_BV, cumulative_BK, uniform_B)
+    chosen_B = logits_BV.gather(1, ids_B[:, None])[:, 0]
+    return ids_B, ((chosen_B - top_B).double() - cumulative_BK[:, -1].log()).float()
+
+
+def _blocked_exp(logits_BV: Tensor, top_B: Tensor) -> Tensor:
+    """exp(logits - max), with zeros up to a whole number of blocks."""
+    weights_BV = (logits_BV - top_B[:, None]).exp_()
+    padding = -weights_BV.size(1) % BLOCK
+    return F.pad(weights_BV, (0, padding)) if padding else weights_BV
+
+
+def _invert(cumulative_BC: Tensor, target_B: Tensor) -> Tensor:
+    """The first index whose cumulative weight exceeds the target; its own weight is never zero.
+
+    A target that rounding has put at or above the total counts as just below it.
+    """
+    total_B = cumulative_BC[:, -1]
+    target_B = torch.minimum(target_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
+    return torch.searchsorted(cumulative_BC, target_B[:, None], right=True)[:, 0]
+
+
+def _draw_blocked(weights_BV: Tensor, cumulative_BK: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverse CDF in two levels, block then token: a cumulative sum over the vocabulary is slow and less exact."""
+    target_B = uniform_B * cumulative_BK[:, -1]
+    block_B = _invert(cumulative_BK, target_B)
+    before_B = F.pad(cumulative_BK, (1, 0)).gather(1, block_B[:, None])[:, 0]
+    rows_B = torch.arange(len(weights_BV), device=weights_BV.device)
+    inside_BC = weights_BV.view(len(weights_BV), -1, BLOCK)[rows_B, block_B].double().cumsum(-1)
+    return block_B * BLOCK + _invert(inside_BC, target_B - before_B)
+
+
+def _draw_truncated(
+    weights_BV: Tensor, uniform_B: Tensor, total_B: Tensor, sampling: Sampling, vocab_size: int
+) -> Tensor:
+    """Draw among the tokens that top-k and top-p keep; the likeliest is always kept."""
+    weights_BC, ids_BC = _likeliest(weights_BV, total_B, sampling, vocab_size)
+    weights_BC = weights_BC.double()
+    if sampling.top_p < 1:
+        kept_mass_B = weights_BC.sum(-1) if sampling.top_k else total_B
+        before_BC = weights_BC.cumsum(-1) - weights_BC
+        keep_BC = before_BC < sampling.top_p * kept_mass_B[:, None]
+        keep_BC[:, 0] = True
+        weights_BC = weights_BC * keep_BC
+    cumulative_BC = weights_BC.cumsum(-1)
+    return ids_BC.gather(1, _invert(cumulative_BC, uniform_B * cumulative_BC[:, -1])[:, None])[:, 0]
+
+
+def _likeliest(
+    weights_BV: Tensor, total_B: Tensor, sampling: Sampling, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids of the likeliest tokens, in falling order: `top_k` of them, or enough to hold `top_p`."""
+    count = min(sampling.top_k or FIRST_CANDIDATES, vocab_size)
+    while True:
+        weights_BC, ids_BC = weights_BV.topk(count, sorted=True)
+        if sampling.top_k or count == vocab_size:
+            return weights_BC, ids_BC
+        if bool((weights_BC.sum(-1, dtype=torch.float64) >= sampling.top_p * total_B).all()):
+            return weights_BC, ids_BC
+        count = min(8 * count, vocab_size)

@@ -1,0 +1,51 @@
+"""LocalEngine on several ranks: the same rollouts as on one, on every rank."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_opd.parallel.groups import ParallelLayout
+from megatron_opd.rollout.sampling import Sampling
+from tests.checkpoint.models import write_hf
+from tests.gloo_pool import GlooPools
+from tests.rollout.models import PROMPTS, generate
+from tests.rollout.test_local import assert_same
+
+LAYOUTS = [
+    ParallelLayout(tensor=2),
+    ParallelLayout(tensor=2, sequence_parallel=True),
+    ParallelLayout(pipeline=2),
+    ParallelLayout(data=2),
+    ParallelLayout(tensor=2, pipeline=2),
+    ParallelLayout(pipeline=2, data=2),
+]
+SAMPLING = Sampling(max_new_tokens=10, seed=3, n=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
+def test_every_layout_draws_the_same(
+    gloo: GlooPools, tmp_path: Path, layout: ParallelLayout, family: str, tied: bool
+) -> None:
+    folder = write_hf(tmp_path, family, tied=tied)
+    expected = gloo(1, generate, folder, SAMPLING)[0]
+    stop_ids = tuple(rollout.response_ids[i] for i, rollout in enumerate(expected[:5]))
+    for sampling in (SAMPLING, replace(SAMPLING, stop_ids=stop_ids, top_k=20, top_p=0.9)):
+        expected = gloo(1, generate, folder, sampling)[0]
+        results = gloo(layout.world_size, generate, folder, sampling, PROMPTS, layout)
+        assert_same(results[0], expected)
+        assert all(result == results[0] for result in results)
+
+
+def test_bf16_shards_travel_too(gloo: GlooPools, tmp_path: Path) -> None:
+    folder = write_hf(tmp_path, "qwen3", tied=True)
+    layout = ParallelLayout(tensor=2, pipeline=2)
+    results = gloo(4, generate, folder, SAMPLING, PROMPTS, layout, precision="bf16")
+    assert all(result == results[0] for result in results)
+    expected = gloo(1, generate, folder, SAMPLING, precision="bf16")[0]
+    first = [rollout.logprobs[0] for rollout in results[0]]
+    same_first = [a.response_ids[0] == b.response_ids[0] for a, b in zip(results[0], expected, strict=True)]
+    assert sum(same_first) >= len(same_first) - 1  # rounding moves a draw that falls on an edge
+    for logprob, same, rollout in zip(first, same_first, expected, strict=True):
+        assert not same or logprob == pytest.approx(rollout.logprobs[0], abs=0.1)
