@@ -1,0 +1,130 @@
+"""The command line, `megatron-opd`.
+
+Every command imports what it needs when it runs, so that `--help` is quick. Exit codes: 0, 1 (something
+failed), 2 (a mistake of the user: one `error: ...` line on stderr), 130 (Ctrl-C).
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_opd.errors import UserError
+from megatron_opd.launch.worker import end_with_launcher, report_user_error
+
+app = typer.Typer(
+    help="On-policy distillation of language models on Megatron-Core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+launch = typer.Typer(help="Start a training with all its processes.", no_args_is_help=True)
+convert = typer.Typer(help="Convert models between Hugging Face and Megatron folders.", no_args_is_help=True)
+app.add_typer(launch, name="launch")
+app.add_typer(convert, name="convert")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values that win over the file's, such as optimizer.lr=1e-5."),
+]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.", show_default=False)]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.", show_default=False)]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train in this process, or as one rank of several that something else has started.
+
+    Processes that torchrun or another launcher starts find each other through RANK, WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT. Relative paths in CONFIG are relative to the current directory.
+    """
+    from megatron_opd.config.checks import processes_needed
+    from megatron_opd.config.load import load_config
+
+    loaded = load_config(config, overrides or [])
+    needed = processes_needed(loaded.parallel)
+    if needed > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"parallel: this layout needs {needed} processes and this is one: "
+            "use `megatron-opd launch local` instead"
+        )
+    from megatron_opd.train import train as run
+
+    run(loaded)
+
+
+@launch.command()
+def local(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes. Default: what `parallel` in CONFIG asks for.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Train on this machine: start the processes, watch them, end them all when one fails.
+
+    Run the same command again to resume from the last checkpoint in the run directory.
+    """
+    from megatron_opd.config.checks import processes_needed
+    from megatron_opd.config.load import load_config
+    from megatron_opd.launch.local import run_workers
+    from megatron_opd.preflight import check_before_start, check_devices
+
+    loaded = load_config(config, overrides or [])
+    processes = nproc or processes_needed(loaded.parallel)
+    check_before_start(loaded, processes)
+    check_devices(processes)
+    outcome = run_workers(
+        ["-m", "megatron_opd.cli", "train", "--", str(config), *(overrides or [])], processes
+    )
+    if outcome.message:
+        print(f"error: {outcome.message}", file=sys.stderr)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def doctor() -> None:
+    """Check what this machine has, and whether it can train. Exit code 1 when it cannot."""
+    from megatron_opd.launch.doctor import report
+
+    raise typer.Exit(report())
+
+
+@convert.command("hf-to-megatron")
+def convert_hf_to_megatron(source: Source, target: Target) -> None:
+    """Write the Hugging Face folder SRC as a Megatron folder DST."""
+    from megatron_opd.checkpoint.convert import hf_to_megatron
+
+    hf_to_megatron(source, target)
+
+
+@convert.command("megatron-to-hf")
+def convert_megatron_to_hf(source: Source, target: Target) -> None:
+    """Write the Megatron folder SRC, or a checkpoint of a run, as a Hugging Face folder DST."""
+    from megatron_opd.checkpoint.convert import megatron_to_hf
+
+    megatron_to_hf(source, target)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `arguments` (default: those of this process) and exits."""
+    end_with_launcher()
+    for category in (FutureWarning, UserWarning):  # theirs to mend, and said by every process
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="megatron-opd")
+    except UserError as error:
+        report_user_error(error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

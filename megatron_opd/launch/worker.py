@@ -1,0 +1,52 @@
+"""What a process started by `launch.local` owes its launcher: to hand its mistake over, and to end when the
+launcher does.
+
+A mistake of the user (UserError) mostly strikes every rank alike, or one rank while the others wait for it.
+So a started process writes it to the file that the launcher named, and the launcher prints one line for all
+of them. Without such a launcher (one process, or another tool starts the ranks) the process prints it itself.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from megatron_opd.errors import UserError
+
+LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # process id of the launcher, in the environment of its workers
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's elastic agent for every worker
+USER_ERROR = "user_error"  # key of the message in that file
+_PR_SET_PDEATHSIG = 1
+
+
+def report_user_error(error: UserError) -> None:
+    """Hands `error` to the launcher if there is one, else prints it to stderr as one `error: ...` line."""
+    line = " ".join(str(error).splitlines())
+    path = os.environ.get(ERROR_FILE)
+    if LAUNCHER in os.environ and path:
+        # `message` is what torch's agent asks for, the other key what our launcher reads.
+        with contextlib.suppress(OSError):  # a full disk may be the very mistake to report
+            Path(path).write_text(json.dumps({"message": line, USER_ERROR: line}))
+            return
+        Path(path).unlink(missing_ok=True)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"rank {rank}: "
+    print(f"error: {where}{line}", file=sys.stderr, flush=True)
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this process when its launcher dies, however it dies. Does nothing without a
+    launcher.
+
+    Linux only; elsewhere a launcher that is itself killed leaves its workers to notice their lost
+    connections.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(launcher):  # it died before the call above
+        os.kill(os.getpid(), signal.SIGKILL)

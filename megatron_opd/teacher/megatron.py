@@ -1,0 +1,76 @@
+"""The colocated Megatron teacher: forward-only, it hands over final-norm hidden states, not logits.
+
+Hidden states are 50 to 75 times smaller than logits, and whoever holds a shard of the teacher's LM head projects them
+where the loss is computed: layouts of teacher and student stay independent. Here the teacher lives on the student's
+ranks with the student's layout, and both heads are padded to the same number of rows, so that the shards cover the
+same token ids.
+
+Shapes: T tokens of a microbatch, N its loss positions, D the teacher's hidden size, V padded vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_opd.data.packing import Microbatch
+from megatron_opd.models.gpt import GPT, packed_forward
+from megatron_opd.models.lm_head import logits_shard, select_positions
+from megatron_opd.parallel.schedule import run_schedule
+
+
+@dataclass(frozen=True)
+class TeacherPayload:
+    """What the teacher says about one microbatch: its final-norm hidden states [N, D] at the loss positions."""
+
+    hidden_ND: Tensor
+
+
+class MegatronTeacher:
+    """A frozen model on the student's ranks. It has no gradients and no optimizer."""
+
+    def __init__(self, model: GPT, groups: ProcessGroupCollection) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.groups = groups
+
+    def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherPayload | None]:
+        """One payload a microbatch on the last pipeline stage, None on the others.
+
+        Collectives: those of a forward pass in the teacher's layout. Memory kept: N * D numbers.
+        """
+
+        def forward_step(inputs: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
+            microbatch: Microbatch = next(inputs)
+            hidden_T1D = packed_forward(
+                model, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
+            )
+
+            def at_loss_positions(output_T1D: Tensor, non_loss_data: bool) -> TeacherPayload:
+                assert non_loss_data
+                positions_N = microbatch.mask_T.nonzero()[:, 0]
+                sharded = self.model.config.sequence_parallel
+                selected = select_positions(
+                    output_T1D, positions_N, group=self.groups.tp, sequence_parallel=sharded
+                )
+                return TeacherPayload(selected)
+
+            return hidden_T1D, at_loss_positions
+
+        payloads = run_schedule(
+            forward_step,
+            microbatches,
+            self.model,
+            self.groups,
+            count=len(microbatches),
+            forward_only=True,
+            collect=True,
+        )
+        return payloads or [None] * len(microbatches)
+
+    def logits_shard(self, payload: TeacherPayload) -> Tensor:
+        """The teacher's logits [N, V/TP] for the token ids of this rank's shard. Last stage only, no collectives."""
+        with torch.no_grad():
+            return logits_shard(payload.hidden_ND, self.model.head_weight)

@@ -1,0 +1,112 @@
+"""The training loop: rollout -> score -> forward/backward -> optimizer step -> log -> (evaluate, save).
+
+The embedded rollout engine shares the student's weights, so there is nothing to synchronise between steps.
+"""
+
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_opd.checkpoint.hf_export import save_hf
+from megatron_opd.config.load import save_resolved
+from megatron_opd.config.schema import Config
+from megatron_opd.data.rollouts import Rollout
+from megatron_opd.report.run_log import RunLog
+from megatron_opd.training.job import Job, set_up
+
+HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
+
+
+def train(config: Config) -> None:
+    """Run or resume the training that `config` describes. Collective: every rank calls it."""
+    job = set_up(config)
+    start, steps = resume(job), config.training.steps
+    rank_0 = dist.get_rank() == 0
+    if rank_0:
+        save_resolved(config, config.run_dir)
+    decode = job.texts.tokenizer.decode
+    with RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log:
+        for line in job.notes(start):
+            log.say(line)
+        if start == 0 and job.texts.heldout:
+            log.record(0, evaluate(job, 0))
+        for step in range(start + 1, steps + 1):
+            log.step_begins()
+            metrics, rollouts = train_step(job, step)
+            if job.texts.heldout and due(step, config.evaluation.every, steps):
+                metrics |= evaluate(job, step)
+            log.record(step, metrics, rollouts)
+            if due(step, config.checkpoint.save_every, steps):
+                save(job, step)
+        export = config.run_dir / "hf" if config.checkpoint.export_hf else None
+        if export is not None:
+            architecture, source = job.architecture, config.student.path
+            save_hf(job.student.gpt, architecture, job.groups, source, export, replace=True)
+        log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something done every so many steps (0: never) and after the last is due after `step`."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
+    """One update: draw rollouts, let the teacher score them, apply the gradients. Returns its metrics and rollouts."""
+    began = time.perf_counter()
+    settings = job.config.rollout
+    prompts = job.prompts.take(settings.prompts_per_step)
+    rollouts = job.draw(prompts, step=step - 1, seed=job.config.seed, samples=settings.samples_per_prompt)
+    microbatches, scale = job.pack(rollouts)
+    drawn = time.perf_counter()
+    payloads = job.teacher.score(microbatches)
+    scored = time.perf_counter()
+    job.student.zero_grad()
+    sums = job.objective.run(job.student.ddp, microbatches, payloads, scale)
+    grad_norm, applied = job.student.apply_gradients() if scale.loss_tokens else (0.0, False)
+    trained = time.perf_counter()
+    return {
+        **scale.means(sums),
+        "tokens": scale.loss_tokens,
+        "response_tokens": scale.loss_tokens / len(rollouts),
+        "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        "grad_norm": grad_norm,
+        "lr": job.student.learning_rate,
+        "skipped": int(not applied),
+        "rollout_seconds": drawn - began,
+        "teacher_seconds": scored - drawn,
+        "train_seconds": trained - scored,
+        "sync_seconds": 0.0,
+    }, rollouts
+
+
+def evaluate(job: Job, step: int) -> dict[str, float]:
+    """Held-out reverse KL in nats per token, on the student's own rollouts from the held-out prompts."""
+    began = time.perf_counter()
+    seed = job.config.seed + HELDOUT_SEED_OFFSET
+    rollouts = job.draw(job.texts.heldout, step=step, seed=seed, samples=1)
+    microbatches, scale = job.pack(rollouts)
+    payloads = job.teacher.score(microbatches)
+    means = scale.means(job.objective.run(job.student.ddp, microbatches, payloads, scale, forward_only=True))
+    return {
+        "eval/reverse_kl": means["reverse_kl"],
+        "eval/response_tokens": scale.loss_tokens / len(rollouts),
+        "eval/seconds": time.perf_counter() - began,
+    }
+
+
+def save(job: Job, step: int) -> None:
+    """Write the checkpoint of `step`: model, optimizer, prompt position."""
+    state = {"prompts": job.prompts.state_dict()}
+    job.checkpoints.save(step, job.student.gpt, job.student.optimizer, state)
+
+
+def resume(job: Job) -> int:
+    """Load the newest intact checkpoint of the run directory, if there is one; returns its step, else 0."""
+    folder = job.checkpoints.newest_intact()
+    if folder is None:
+        return 0
+    state = job.checkpoints.load(folder, job.student.gpt, job.student.optimizer)
+    job.prompts.load_state_dict(state["prompts"])
+    job.student.continue_schedule(state["step"])
+    return state["step"]

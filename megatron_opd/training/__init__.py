@@ -1,0 +1,8 @@
+"""One optimizer update of the student, and everything a run is assembled from.
+
+- `student`: the trained model with its DDP wrapper, optimizer and learning-rate schedule.
+- `update`: microbatches and teacher payloads -> loss, gradients, one optimizer step, statistics.
+- `job`: config -> the objects of a run (groups, student, teacher, engine, prompts).
+
+Only `train` and the command line import from here.
+"""

@@ -1,0 +1,261 @@
+"""The command line: exit codes, one line for every mistake, quick help, and what reaches the training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_opd.cli import main
+from megatron_opd.errors import UserError
+from megatron_opd.launch import doctor
+
+ROOT = Path(__file__).parents[1]
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command line in this process: exit code, stdout, stderr."""
+    for name in ("RANK", "TORCHELASTIC_ERROR_FILE", "MEGATRON_OPD_LAUNCHER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def command(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        return (caught.value.code or 0, *capfd.readouterr())  # type: ignore[return-value]
+
+    return command
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A configuration whose models and prompts are there as far as can be seen before a process starts."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "student": {"path": str(tmp_path / "model")},
+        "teacher": {"path": str(tmp_path / "model")},
+        "data": {"prompts": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 64},
+        "rollout": {"max_new_tokens": 64},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands for the training loop: collects the configurations that it is called with."""
+    calls: list[Any] = []
+    module = types.ModuleType("megatron_opd.train")
+    module.train = calls.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron_opd.train", module)
+    return calls
+
+
+def assert_one_error(result: tuple[int, str, str], expected: str) -> None:
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert expected in err
+
+
+def test_train_passes_the_configuration_on(run: Run, config_file: Path, trained: list[Any]) -> None:
+    assert run("train", config_file, "optimizer.lr=2e-5", "seed=3") == (0, "", "")
+    assert [(config.optimizer.lr, config.seed) for config in trained] == [(2e-5, 3)]
+
+
+def test_train_is_one_rank_where_something_else_started_it(
+    run: Run, config_file: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_one_error(
+        run("train", config_file, "parallel.tensor=2"), "needs 2 processes and this is one: use `megatron"
+    )
+    assert not trained
+    monkeypatch.setenv("RANK", "1")
+    assert run("train", config_file, "parallel.tensor=2") == (0, "", "")
+    assert len(trained) == 1
+
+
+def test_a_mistake_inside_the_training_is_one_line(
+    run: Run, config_file: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> None:
+        raise UserError("no space left on device: free some\nand start again")
+
+    monkeypatch.setattr(sys.modules["megatron_opd.train"], "train", fail)
+    assert_one_error(run("train", config_file), "error: no space left on device: free some and start again")
+    monkeypatch.setenv("RANK", "3")
+    assert_one_error(run("train", config_file), "error: rank 3: no space left")
+
+
+def test_ctrl_c_ends_with_130(
+    run: Run, config_file: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["megatron_opd.train"], "train", interrupt)
+    code, _, err = run("train", config_file)
+    assert code == 130 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [["train"], ["launch", "local"]])
+def test_a_mistake_in_the_configuration_is_one_line(run: Run, config_file: Path, command: list[str]) -> None:
+    absent = "/a/rather/long/path/" + "to/" * 60 + "nothing.yaml"
+    assert_one_error(run(*command, absent), absent)
+    assert_one_error(run(*command, config_file, "optimizer.lrr=3"), "did you mean 'optimizer.lr'?")
+    assert_one_error(
+        run(*command, config_file, "optimizer.lr=fast"), "optimizer.lr: expected a number, got 'fast'"
+    )
+    assert_one_error(run(*command, config_file, "optimizer.lr"), "expected key=value")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["student.path=/nowhere"], "/nowhere"),
+        (["data.prompts=/nowhere.jsonl"], "data.prompts: /nowhere.jsonl does not exist"),
+        (["evaluation.prompts=/nowhere.jsonl"], "evaluation.prompts: /nowhere.jsonl does not exist"),
+        (["parallel.tensor=4"], "parallel.tensor: 4 does not divide the 2 key-value heads"),
+        (["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide the 4 layers"),
+        (["parallel.data=2", "--nproc", "3"], "but 3 processes run"),
+        (["rollout.max_new_tokens=500"], "the student has 512 positions"),
+    ],
+)
+def test_launch_checks_before_it_starts_processes(
+    run: Run, config_file: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
+    def start(*_: Any, **__: Any) -> None:
+        pytest.fail("no process should be started")
+
+    monkeypatch.setattr("megatron_opd.launch.local.run_workers", start)
+    assert_one_error(run("launch", "local", config_file, *arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes"),
+    [
+        ([], 1),
+        (["parallel.tensor=2", "parallel.pipeline=2"], 4),
+        (["parallel.data=2"], 2),
+        (["--nproc", "4"], 4),
+    ],
+)
+def test_launch_starts_what_the_layout_needs(
+    run: Run, config_file: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], processes: int
+) -> None:
+    from megatron_opd.launch.local import Outcome
+
+    started: list[tuple[list[str], int]] = []
+
+    def start(command: list[str], number: int) -> Outcome:
+        started.append((command, number))
+        return Outcome(1, "rank 1 was killed by SIGKILL: start the same command again to resume")
+
+    monkeypatch.setattr("megatron_opd.launch.local.run_workers", start)
+    code, out, err = run("launch", "local", config_file, *arguments)
+    assert (code, out) == (1, "")
+    assert err == "error: rank 1 was killed by SIGKILL: start the same command again to resume\n"
+    overrides = [argument for argument in arguments if "=" in argument]
+    assert started == [(["-m", "megatron_opd.cli", "train", "--", str(config_file), *overrides], processes)]
+
+
+def test_launch_hands_on_the_mistake_of_its_ranks(
+    run: Run, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes: the ranks look for the file after the launcher has read it, and it is gone."""
+    broken = tmp_path / "sitecustomize"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(
+        "import os, pathlib\nif 'RANK' in os.environ:\n"
+        f"    pathlib.Path({str(config_file)!r}).unlink(missing_ok=True)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{broken}{os.pathsep}{ROOT}")
+    assert_one_error(run("launch", "local", config_file, "parallel.data=2"), "cannot read the config file")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["train"],
+        ["train", "x.yaml", "--no-such-option"],
+        ["launch", "local", "x.yaml", "--nproc", "0"],
+    ],
+)
+def test_usage_errors_end_with_2(run: Run, arguments: list[str]) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2 and "Usage:" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("command", "function"), [("hf-to-megatron", "hf_to_megatron"), ("megatron-to-hf", "megatron_to_hf")]
+)
+def test_convert_calls_the_conversion(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, function: str
+) -> None:
+    calls: list[tuple[Path, Path]] = []
+    module = types.ModuleType("megatron_opd.checkpoint.convert")
+    setattr(module, function, lambda source, target: calls.append((source, target)))
+    monkeypatch.setitem(sys.modules, "megatron_opd.checkpoint.convert", module)
+    assert run("convert", command, "a", "b") == (0, "", "")
+    assert calls == [(Path("a"), Path("b"))]
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["launch", "local"], ["convert", "hf-to-megatron"], ["doctor"]]
+)
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom megatron_opd.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    assert not {'torch', 'megatron', 'transformers', 'datasets', 'omegaconf'} & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage: megatron-opd" in done.stdout
+
+
+def test_doctor_finds_that_this_machine_can_train(run: Run) -> None:
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert "right on 2 processes" in out and "0.16.1" in out and "this machine can train" in out
+
+
+def test_doctor_names_what_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def found() -> list[doctor.Check]:
+        return [doctor.Check("torch", "2.13"), doctor.Check("gloo", "-", doctor.MISSING, "install it")]
+
+    assert doctor.report(lambda: iter(found())) == 1
+    assert "cannot train here: gloo" in capfd.readouterr().out

@@ -1,0 +1,230 @@
+"""Whole runs through the command line, as a user starts them: training, resuming after a kill, and mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_opd.checkpoint.store import published
+from megatron_opd.cli import main
+from tests.data.tiny_tokenizer import WORDS, save_tokenizer
+from tests.tiny import save_tiny_model
+
+TIMINGS = ("_seconds", "/seconds")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Models with tokenizers, and prompts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_model(folder / "student", seed=1)
+    save_tiny_model(folder / "teacher", seed=2, layers=8, hidden=96, tied=False)
+    for name in ("student", "teacher"):
+        save_tokenizer(folder / name)
+    for name, rows in (("train", 20), ("heldout", 6)):
+        prompts = (" ".join(WORDS[(i * k) % 8] for k in range(1, 4 + i % 5)) for i in range(rows))
+        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_config(inputs: Path, run_dir: Path, **changes: Any) -> Path:
+    """A small run; `changes` are dotted keys with `__` for the dot."""
+    config: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "precision": "fp32",
+        "student": {"path": str(inputs / "student")},
+        "teacher": {"path": str(inputs / "teacher")},
+        "data": {"prompts": str(inputs / "train.jsonl"), "max_prompt_tokens": 32},
+        "rollout": {"prompts_per_step": 4, "max_new_tokens": 8},
+        "objective": {"preset": "iw-opd-exact"},
+        "optimizer": {"lr": 3e-3},
+        "training": {"steps": 6, "microbatch_tokens": 128},
+        "evaluation": {"prompts": str(inputs / "heldout.jsonl"), "every": 3},
+        "checkpoint": {"save_every": 2},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config.setdefault(section, {})[name] = value
+    path = run_dir.parent / f"{run_dir.name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "megatron_opd.cli", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=300)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what a clock decides."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.endswith(TIMINGS)} for row in rows]
+
+
+def test_a_run_learns_and_leaves_everything_behind(inputs, tmp_path):
+    run_dir = tmp_path / "run"
+    config = write_config(inputs, run_dir, training__steps=20)
+    done = run("train", config)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(21))
+    evaluations = [row["eval/reverse_kl"] for row in rows if "eval/reverse_kl" in row]
+    assert len(evaluations) == 1 + 20 // 3 + 1
+    assert evaluations[-1] < 0.8 * evaluations[0]
+    assert all(row["logprob_mismatch"] < 1e-5 for row in rows[1:]), "rollout and training forward agree"
+
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "rollouts",
+        "curve.png",
+        "hf",
+    }
+    exported = AutoModelForCausalLM.from_pretrained(run_dir / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
+    prompt = tokenizer("one two three", return_tensors="pt")
+    assert exported.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt.input_ids.shape[1]
+
+    again = run("train", config)  # finished: nothing is trained, and nothing is lost
+    assert again.returncode == 0, again.stderr
+    assert metrics(run_dir) == rows
+
+
+def test_the_exported_student_is_the_checkpoint(inputs, tmp_path):
+    run_dir = tmp_path / "run"
+    assert run("train", write_config(inputs, run_dir)).returncode == 0
+    converted = run("convert", "megatron-to-hf", run_dir / "checkpoints" / "latest", tmp_path / "converted")
+    assert converted.returncode == 0, converted.stderr
+    exported, checkpoint = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (run_dir / "hf", tmp_path / "converted")
+    )
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in exported.items())
+
+
+def _kill_rank(launcher: subprocess.Popen[str], rank: int) -> None:
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank) and "megatron_opd.cli" in " ".join(child.cmdline()):
+            os.kill(child.pid, signal.SIGKILL)
+            return
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {"parallel__data": 2, "training__steps": 40, "checkpoint__save_every": 3}
+    assert run("launch", "local", write_config(inputs, whole, **settings)).returncode == 0
+
+    config = write_config(inputs, killed, **settings)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(
+        command("launch", "local", config), stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 120
+    while not published(killed / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # into the steps after the save
+    _kill_rank(launcher, 1)
+    message = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode == 1
+    assert "killed by SIGKILL" in message and "resume" in message
+    assert metrics(killed)[-1]["step"] < 40
+
+    again = run("launch", "local", config)
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step" in again.stdout
+    assert metrics(killed) == metrics(whole)
+
+
+def broken_line(inputs: Path, folder: Path) -> dict[str, Any]:
+    path = folder / "broken.jsonl"
+    path.write_text('{"prompt": "one"}\n{"prompt": "tw\n')
+    return {"data__prompts": str(path)}
+
+
+def other_tokenizer(inputs: Path, folder: Path) -> dict[str, Any]:
+    save_tiny_model(folder / "other")
+    save_tokenizer(folder / "other", words=(*WORDS[:-1], "verbose"))
+    return {"teacher__path": str(folder / "other")}
+
+
+MISTAKES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
+    "misspelt key": (lambda *_: {"optimizer__learning_rate": 1e-3}, "optimizer.learning_rate"),
+    "missing model": (lambda *_: {"student__path": "/nowhere"}, "/nowhere"),
+    "TP does not divide": (lambda *_: {"parallel__tensor": 3}, "parallel.tensor: 3 does not divide"),
+    "other tokenizer": (other_tokenizer, "different tokenizers"),
+    "broken prompt line": (broken_line, "broken.jsonl, line 2"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(inputs, tmp_path, capfd, mistake):
+    changes, words = MISTAKES[mistake]
+    config = write_config(inputs, tmp_path / "run", **changes(inputs, tmp_path))
+    capfd.readouterr()  # what making the inputs printed
+    with pytest.raises(SystemExit) as ended:
+        main([*("launch local" if mistake == "TP does not divide" else "train").split(), str(config)])
+    assert ended.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_that_only_the_ranks_find_is_one_line_too(inputs, tmp_path):
+    config = write_config(inputs, tmp_path / "run", **broken_line(inputs, tmp_path), parallel__data=2)
+    done = run("launch", "local", config)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "broken.jsonl, line 2" in lines[0], lines
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB. Needs the right to mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_at_save_loses_nothing(inputs, tmp_path, small_disk):
+    """The first checkpoint fits, the second does not while the first is kept."""
+    config = write_config(inputs, small_disk / "run", checkpoint__save_every=2)
+    done = run("train", config)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: cannot save a checkpoint")
+    assert "no space left on device" in done.stderr and "Traceback" not in done.stderr
+    kept = published(small_disk / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["step_00000002"]
+
+    shutil.move(small_disk / "run" / "checkpoints", tmp_path / "moved")  # the user makes room
+    (small_disk / "run" / "checkpoints").symlink_to(tmp_path / "moved")
+    again = run("train", config)
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 2" in again.stdout
+    assert [row["step"] for row in metrics(small_disk / "run")] == list(range(7))

@@ -1,0 +1,86 @@
+"""The same recorded rollouts give the same gradients and the same training curve in every layout."""
+
+from typing import Any
+
+import pytest
+
+from megatron_opd.config.schema import OptimizerConfig
+from megatron_opd.parallel.groups import ParallelLayout
+from tests.training.tiny_run import TOTAL_STEPS, build_run, save_pair
+
+ONE = ParallelLayout()
+LAYOUTS = [
+    ParallelLayout(tensor=2, pipeline=2),
+    ParallelLayout(data=2),
+    ParallelLayout(tensor=2, sequence_parallel=True),
+    ParallelLayout(pipeline=2, data=2),
+    ParallelLayout(tensor=2, sequence_parallel=True, data=2),
+    ParallelLayout(pipeline=4),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_pair(folder)
+    return folder
+
+
+def _gradients(layout: ParallelLayout, models: Any, tied: bool) -> dict[str, Any]:
+    whole = OptimizerConfig(distributed=False)  # the distributed optimizer reduces a shard of them only
+    run = build_run(layout, models, tied=tied, optimizer=whole)
+    run.forward_backward(0)
+    return run.gradients()
+
+
+def _curve(layout: ParallelLayout, models: Any, **options: Any) -> list[dict[str, float]]:
+    return build_run(layout, models, **options).train(range(TOTAL_STEPS))
+
+
+def assert_close(curve: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
+    for got, want in zip(curve, expected, strict=True):
+        for name in want:
+            assert got[name] == pytest.approx(want[name], rel=tolerance, abs=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def expected_gradients(gloo, models):
+    return {tied: gloo(1, _gradients, ONE, models, tied)[0] for tied in (True, False)}
+
+
+@pytest.fixture(scope="module")
+def expected_curve(gloo, models):
+    return {tied: gloo(1, _curve, ONE, models, tied=tied)[0] for tied in (True, False)}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_main_gradients_at_step_1(gloo, models, expected_gradients, layout, tied):
+    expected = expected_gradients[tied]
+    for gradients in gloo(layout.world_size, _gradients, layout, models, tied):
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert (gradient - expected[name]).abs().max() < 1e-5, name
+    assert all(gradient.abs().max() > 1e-4 for gradient in expected.values()), "gradients that say something"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_curve_over_5_steps(gloo, models, expected_curve, layout, tied):
+    for curve in gloo(layout.world_size, _curve, layout, models, tied=tied):
+        assert_close(curve, expected_curve[tied], 1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_nothing(gloo, models, expected_curve, recompute):
+    assert_close(gloo(1, _curve, ONE, models, recompute=recompute)[0], expected_curve[True], 1e-6)
+
+
+def test_plain_optimizer_agrees_with_the_distributed_one(gloo, models):
+    optimizers = [OptimizerConfig(lr=1e-3, weight_decay=0.1, distributed=flag) for flag in (True, False)]
+    curves = [gloo(2, _curve, ParallelLayout(data=2), models, optimizer=each)[0] for each in optimizers]
+    assert_close(curves[0], curves[1], 1e-6)
+
+
+def test_bf16_follows_float32(gloo, models, expected_curve):
+    assert_close(gloo(1, _curve, ONE, models, precision="bf16")[0], expected_curve[True], 5e-2)

@@ -1,0 +1,104 @@
+"""A tiny student and teacher trained on recorded rollouts, in any layout: what several tests share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_opd.checkpoint.hf_export import export_hf_tensors
+from megatron_opd.checkpoint.weights import load_model_weights
+from megatron_opd.config.schema import OptimizerConfig
+from megatron_opd.data.packing import pack
+from megatron_opd.models.architecture import Architecture, read_architecture
+from megatron_opd.models.gpt import GPT, build_gpt
+from megatron_opd.objectives import Objective
+from megatron_opd.parallel import cpu
+from megatron_opd.parallel.groups import ParallelLayout, build_groups
+from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.training.student import Student, build_student
+from megatron_opd.training.update import ObjectivePass, UpdateScale
+from tests.tiny import VOCAB, recorded_rollouts, save_tiny_model
+
+SCHEDULED = OptimizerConfig(lr=1e-3, warmup_steps=2, schedule="cosine", weight_decay=0.1)
+TOTAL_STEPS = 5
+
+
+def save_pair(folder: Path) -> None:
+    """A cross-scale pair: the teacher has another width and depth, and its embeddings are not tied."""
+    for tied in (True, False):
+        save_tiny_model(folder / f"student-{tied}", seed=1, tied=tied)
+    save_tiny_model(folder / "teacher", seed=2, layers=8, hidden=96, tied=False)
+
+
+@dataclass
+class TinyRun:
+    """Student, objective and groups of this rank."""
+
+    layout: ParallelLayout
+    groups: ProcessGroupCollection
+    arch: Architecture
+    student: Student
+    objective: ObjectivePass
+
+    def forward_backward(self, step: int) -> dict[str, float]:
+        """Accumulate the gradients of recorded step `step`."""
+        packed = pack(
+            recorded_rollouts(9, seed=step),
+            dp_size=self.layout.data,
+            token_budget=96,
+            alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+        )
+        microbatches, scale = packed[self.groups.dp.rank()], UpdateScale.of(packed)
+        self.student.zero_grad()
+        payloads = self.objective.teacher.score(microbatches)
+        return self.objective.run(self.student.ddp, microbatches, payloads, scale)
+
+    def train(self, steps: range) -> list[dict[str, float]]:
+        """Train on recorded steps; statistics, gradient norm and learning rate of each."""
+        curve = []
+        for step in steps:
+            sums = self.forward_backward(step)
+            norm, applied = self.student.apply_gradients()
+            assert applied
+            curve.append({**sums, "grad_norm": norm, "lr": self.student.learning_rate})
+        return curve
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The main gradients under their Hugging Face names, assembled from all shards. Ends the run."""
+        for parameter in self.student.gpt.parameters():
+            parameter.data = parameter.main_grad.clone()
+        exported = export_hf_tensors(self.student.gpt, self.arch, self.groups)
+        return {name: tensor.clone() for name, tensor in exported}
+
+
+def build_run(
+    layout: ParallelLayout,
+    folder: Path,
+    *,
+    tied: bool = True,
+    optimizer: OptimizerConfig = SCHEDULED,
+    precision: str = "fp32",
+    recompute: str = "none",
+) -> TinyRun:
+    """Build what `save_pair(folder)` saved, in this layout."""
+    cpu.install()
+    torch.set_num_threads(1)
+    groups = build_groups(layout)
+    folders = (folder / f"student-{tied}", folder / "teacher")
+    archs = [read_architecture(path) for path in folders]
+    padded = max(arch.padded_vocab_size(layout.tensor) for arch in archs)
+
+    def load(arch: Architecture, path: Path, recompute: str) -> GPT:
+        model = build_gpt(
+            arch, layout, groups, precision=precision, padded_vocab_size=padded, recompute=recompute
+        )
+        load_model_weights(model, arch, path, groups=groups, padded_vocab_size=padded)
+        return model
+
+    student = build_student(
+        load(archs[0], folders[0], recompute), optimizer, groups, precision=precision, steps=TOTAL_STEPS
+    )
+    teacher = MegatronTeacher(load(archs[1], folders[1], "none"), groups)
+    objective = ObjectivePass(student.gpt, teacher, Objective(token_weight="cumulative_share"), VOCAB, groups)
+    return TinyRun(layout, groups, archs[0], student, objective)
