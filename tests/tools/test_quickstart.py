@@ -1,0 +1,143 @@
+"""The quickstart's orchestration on a tiny model: what is there is used again, what is half done is done again."""
+
+import io
+import json
+import subprocess
+
+import pytest
+from rich.console import Console
+
+from megatron_opd.config.load import load_config
+from megatron_opd.errors import UserError
+from tests.data.tiny_tokenizer import save_tokenizer
+from tests.tiny import save_tiny_model
+from tools import quickstart, quickstart_data, smollm2
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """Runs in an empty folder with a tiny teacher; the list of expensive steps that were taken."""
+    config = quickstart.CONFIG.resolve()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "CONFIG", config)
+    taken: list[str] = []
+
+    def write_model(source, folder):
+        taken.append("teacher")
+        save_tiny_model(folder, family="llama", layers=30)
+        save_tokenizer(folder)
+
+    def write_prompts(folder):
+        taken.append("prompts")
+        folder.mkdir(parents=True)
+
+    def convert(source, target):
+        taken.append(f"convert {source.name}")
+        target.mkdir()
+
+    monkeypatch.setattr(quickstart, "install", lambda package, version: None)
+    monkeypatch.setattr(smollm2, "find_gguf", lambda: None)
+    monkeypatch.setattr(smollm2, "write_hf_folder", write_model)
+    monkeypatch.setattr(quickstart_data, "write_prompts", write_prompts)
+    monkeypatch.setattr("megatron_opd.checkpoint.convert.hf_to_megatron", convert)
+    monkeypatch.setattr(quickstart, "ANSWER_TOKENS", 4)
+    return taken
+
+
+def write_run(config, rows, *, exported):
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if exported:
+        save_tiny_model(config.run_dir / "hf", family="llama", layers=2)
+        save_tokenizer(config.run_dir / "hf")
+
+
+def test_the_example_configuration_is_valid_and_names_what_is_prepared():
+    config = load_config(quickstart.CONFIG, [])
+    assert config.teacher.path == quickstart.megatron_folder(quickstart.TEACHER_HF)
+    assert config.student.path == quickstart.megatron_folder(quickstart.STUDENT_HF)
+    assert config.data.prompts.parent == quickstart.PROMPTS
+    assert config.evaluation.prompts == quickstart.PROMPTS / "heldout.jsonl"
+
+
+def test_everything_is_prepared_once(calls):
+    console = Console(file=io.StringIO())
+    quickstart.prepare(console)
+    assert calls == ["prompts", "teacher", "convert smollm2-135m-instruct", "convert smollm2-24-layers"]
+    assert json.loads((quickstart.STUDENT_HF / "config.json").read_text())["num_hidden_layers"] == 24
+    quickstart.prepare(console)
+    assert len(calls) == 4
+
+
+def test_an_interrupted_step_is_done_again(calls, monkeypatch):
+    console = Console(file=io.StringIO())
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart.prune_layers, "save_file", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quickstart.prepare(console)
+    assert not quickstart.STUDENT_HF.exists()
+    quickstart.prepare(console)
+    assert quickstart.STUDENT_HF.is_dir()
+    assert calls.count("teacher") == 1
+
+
+def test_a_run_is_finished_when_it_is_evaluated_at_its_last_step_and_exported(calls):
+    config = load_config(quickstart.CONFIG, [])
+    assert not quickstart.finished(config)
+    write_run(config, [{"step": 0, "eval/reverse_kl": 2.0}], exported=True)
+    assert not quickstart.finished(config)
+    rows = [{"step": 0, "eval/reverse_kl": 2.0}, {"step": config.training.steps, "eval/reverse_kl": 0.5}]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert quickstart.finished(config)
+    (config.run_dir / "hf" / "config.json").unlink()
+    assert not quickstart.finished(config)
+
+
+def test_a_finished_run_is_not_trained_again_but_summarised(calls, monkeypatch, capsys):
+    config = load_config(quickstart.CONFIG, [])
+    rows = [{"step": 0, "eval/reverse_kl": 2.0}, {"step": config.training.steps, "eval/reverse_kl": 0.5}]
+    write_run(config, rows, exported=True)
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda *a, **k: pytest.fail("trained again"))
+    assert quickstart.main([]) == 0
+    shown = capsys.readouterr().out
+    assert "finished already; to start afresh: rm -r runs/quickstart" in shown
+    assert "2.00 before, 0.50 after 40 steps" in shown
+    assert all(who in shown for who in ("student before", "student after", "teacher"))
+    for where in ("checkpoints/latest", "hf", "metrics.jsonl", "curve.png", "tensorboard"):
+        assert f"runs/quickstart/{where}" in shown
+
+
+def test_a_failed_training_passes_its_exit_code_on(calls, monkeypatch):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode=7)
+
+    monkeypatch.setattr(quickstart.subprocess, "run", run)
+    assert quickstart.main(["training.steps=3"]) == 7
+    assert commands[0][-3:] == ["--", str(quickstart.CONFIG), "training.steps=3"]
+
+
+def test_bad_input_is_one_line(calls, monkeypatch, capsys):
+    def broken():
+        raise UserError("the package is not installed")
+
+    monkeypatch.setattr(smollm2, "find_gguf", broken)
+    assert quickstart.main([]) == 2
+    assert capsys.readouterr().err == "error: the package is not installed\n"
+
+
+def test_a_package_is_installed_only_when_it_is_missing_and_without_dependencies(monkeypatch):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode=1)
+
+    monkeypatch.setattr(quickstart.subprocess, "run", run)
+    quickstart.install("pytest", "0")
+    assert not commands
+    with pytest.raises(UserError, match="pip could not install no-such-package-here==1"):
+        quickstart.install("no-such-package-here", "1")
+    assert "--no-deps" in commands[0] and commands[0][-1] == "no-such-package-here==1"
