@@ -1,6 +1,6 @@
 """Depth pruning: drops whole decoder layers of a Hugging Face folder, evenly from a given layer on.
 
-Usage: python tools/prune_layers.py SRC DST --keep 24 --from 8
+Usage: python -m tools.prune_layers SRC DST --keep 24 --from 8
 
 The early layers of a language model matter most, so the dropped ones are spread over the rest. Works on the
 safetensors files tensor by tensor, without building the model.
@@ -112,7 +112,7 @@ def _write_json(file: Path, content: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python tools/prune_layers.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.prune_layers", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to write")
     parser.add_argument("--keep", type=int, required=True, help="number of layers to keep")

