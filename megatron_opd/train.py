@@ -12,6 +12,7 @@ from megatron_opd.checkpoint.hf_export import save_hf
 from megatron_opd.config.load import save_resolved
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
+from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.training.job import Job, set_up
 
@@ -63,7 +64,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
     scored = time.perf_counter()
     job.student.zero_grad()
     sums = job.objective.run(job.student.ddp, microbatches, payloads, scale)
-    grad_norm, applied = job.student.apply_gradients() if scale.loss_tokens else (0.0, False)
+    grad_norm, applied = job.student.apply_gradients()
     trained = time.perf_counter()
     return {
         **scale.means(sums),
@@ -108,5 +109,10 @@ def resume(job: Job) -> int:
         return 0
     state = job.checkpoints.load(folder, job.student.gpt, job.student.optimizer)
     job.prompts.load_state_dict(state["prompts"])
-    job.student.continue_schedule(state["step"])
+    job.student.continue_after(state["step"])
+    if state["step"] > job.config.training.steps:
+        raise UserError(
+            f"training.steps: {job.config.training.steps} is less than the {state['step']} steps that run_dir "
+            f"{job.config.run_dir} has behind it: raise it, or give a new run_dir"
+        )
     return state["step"]

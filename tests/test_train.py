@@ -143,9 +143,9 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
         command("launch", "local", config), stderr=subprocess.PIPE, text=True, env=environment
     )
     deadline = time.monotonic() + 120
-    while not published(killed / "checkpoints") and time.monotonic() < deadline:
+    while not (published(killed / "checkpoints") and metrics(killed)[-1]["step"] > 3):  # past the first save
+        assert time.monotonic() < deadline and launcher.poll() is None, "no save to kill after"
         time.sleep(0.01)
-    time.sleep(0.3)  # into the steps after the save
     _kill_rank(launcher, 1)
     message = launcher.communicate(timeout=120)[1]
     assert launcher.returncode == 1

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.checkpoint.folders import why_refused
@@ -33,13 +35,15 @@ _PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
 class CheckpointStore:
     """The checkpoints of one run directory; every method is called by all ranks.
 
-    `model_folder` gives each checkpoint its config.json and tokenizer.
+    `model_folder` gives each checkpoint its config.json and tokenizer. `identity` is what a run has to share with the
+    checkpoints it resumes from: key -> value, both as text.
     """
 
     folder: Path
     keep_last: int
     groups: ProcessGroupCollection
     model_folder: Path
+    identity: Mapping[str, str]
 
     def save(self, step: int, model: Any, optimizer: Any, run_state: dict[str, Any]) -> Path:
         """Write and publish the checkpoint of `step`, then delete all but the newest `keep_last`.
@@ -58,7 +62,7 @@ class CheckpointStore:
         try:
             dist_checkpointing.save(state, str(aside / STATE))
             if dist.get_rank() == 0:
-                self._publish(aside, final, {**run_state, "step": step})
+                self._publish(aside, final, {**run_state, "step": step, "identity": dict(self.identity)})
         except Exception as error:
             self._give_up(aside, error)
         dist.barrier()
@@ -114,29 +118,63 @@ class CheckpointStore:
             shutil.rmtree(old)
 
     def newest_intact(self) -> Path | None:
-        """The newest checkpoint whose files all match their checksums; damaged ones are named and passed over.
+        """The newest checkpoint whose files all match their checksums; None when there are no checkpoints.
 
-        Rank 0 reads the files, the others get its answer. 1 broadcast.
+        Newer ones that are damaged are named and renamed `damaged_step_...`. Raises UserError, and renames nothing,
+        when all are damaged: starting anew would throw the run away. Rank 0 reads, 1 broadcast.
         """
-        found: list[Path | None] = [None]
+        answer: list[Path | UserError | None] = [None]
         if dist.get_rank() == 0:
-            for folder in reversed(published(self.folder)):
-                damaged = first_damaged_file(folder)
-                if damaged is None:
-                    found = [folder]
-                    break
-                print(f"warning: checkpoint {folder} is damaged ({damaged}): passed over", file=sys.stderr)
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
+            try:
+                answer = [self._newest_intact()]
+            except UserError as error:
+                answer = [error]
+        dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        return answer[0]
+
+    def _newest_intact(self) -> Path | None:
+        damaged: dict[Path, str] = {}
+        for folder in reversed(published(self.folder)):
+            file = first_damaged_file(folder)
+            if file is None:
+                for newer, damage in damaged.items():
+                    aside = newer.with_name(f"damaged_{newer.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    newer.rename(aside)
+                    print(
+                        f"warning: checkpoint {newer} is damaged ({damage}): now {aside.name}",
+                        file=sys.stderr,
+                    )
+                return folder
+            damaged[folder] = file
+        if damaged:
+            names = ", ".join(f"{folder.name} ({file})" for folder, file in damaged.items())
+            raise UserError(
+                f"{self.folder}: no intact checkpoint: {names}; restore one, or start with a new run_dir"
+            )
+        return None
 
     def load(self, folder: Path, model: Any, optimizer: Any) -> dict[str, Any]:
-        """Load model and optimizer from a checkpoint written at any layout; returns its run state."""
+        """Load model and optimizer from a checkpoint written at any layout; returns its run state.
+
+        Raises UserError when the checkpoint is not of this run: its `identity` differs.
+        """
+        run_state = json.loads((folder / "run.json").read_text())
+        for key, value in self.identity.items():
+            found = run_state["identity"].get(key)
+            if found != value:
+                raise UserError(
+                    f"{folder} belongs to a run with {key} = {found}, this one has {value}: give this run a run_dir of "
+                    f"its own, or restore {key}"
+                )
         state = dist_checkpointing.load(
             sharded_state(model, optimizer, self.groups, is_loading=True), str(folder / STATE)
         )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        return json.loads((folder / "run.json").read_text())
+        return run_state
 
 
 def sharded_state(
@@ -187,10 +225,12 @@ def _sync(path: Path) -> None:
 
 
 def _local_bytes(state: Any) -> int:
-    """Bytes of this rank's tensors in a sharded state dict (replicas counted on every rank: an upper bound)."""
+    """Bytes that this rank will write: of replicated tensors only the main replica counts."""
     if isinstance(state, dict):
         return sum(_local_bytes(value) for value in state.values())
     if isinstance(state, list | tuple):
         return sum(_local_bytes(value) for value in state)
+    if not is_main_replica(getattr(state, "replica_id", 0)):
+        return 0
     data = getattr(state, "data", None)
     return data.numel() * data.element_size() if torch.is_tensor(data) else 0

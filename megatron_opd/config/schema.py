@@ -79,6 +79,10 @@ class RolloutConfig(Section):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept. 1 is off.")
     top_k: Count = Field(0, description="Number of likeliest tokens kept. 0 is off.")
+    max_batch: PositiveInt | None = Field(
+        None,
+        description="Responses decoded together in a replica; bounds the key-value cache. null: all of a step.",
+    )
 
 
 class TokenWeightConfig(Section):
@@ -89,6 +93,10 @@ class TokenWeightConfig(Section):
         description="uniform: 1. cumulative_share: 1 + gamma * (1 - share of |log-gap| before it).",
     )
     gamma: float = Field(0.5, ge=0, description="Strength of cumulative_share.")
+    unit_mean: bool = Field(
+        False,
+        description="Divide the weights by their mean over the response: the scale of the loss stays uniform's.",
+    )
 
 
 class ObjectiveConfig(Section):
@@ -101,6 +109,10 @@ class ObjectiveConfig(Section):
         "reverse_kl", description="reverse_kl: KL(student || teacher) over the full vocabulary, nats."
     )
     token_weight: TokenWeightConfig = TokenWeightConfig()
+    check: bool = Field(
+        False,
+        description="Stop with the name of the tensor when logits are not finite, instead of skipping the update.",
+    )
 
 
 class OptimizerConfig(Section):

@@ -14,14 +14,14 @@ import datasets
 from megatron_opd.errors import UserError
 
 
-def read_column(path: Path, field: str) -> list[Any]:
-    """The values of `field` in file order (the files of a folder in the order of their names); blank lines
-    skipped.
+def read_column(path: Path, field: str) -> list[tuple[str, Any]]:
+    """The values of `field` in file order (the files of a folder in the order of their names), each with the
+    place it came from ("prompts.jsonl, line 3"); blank lines skipped.
 
-    Each value is a string or a list. Raises UserError naming the file, the line and the remedy for a missing
+    A value is a string or a list. Raises UserError naming the file, the line and the remedy for a missing
     path, a broken line, an absent field and a value of another type.
     """
-    values = [value for file in _jsonl_files(path) for value in _read_file(file, field)]
+    values = [placed for file in _jsonl_files(path) for placed in _with_places(file, _read_file(file, field))]
     if not values:
         raise UserError(
             f"{path}: holds no prompts; data.prompts and evaluation.prompts need at least one line each"
@@ -67,6 +67,15 @@ def _read_file(file: Path, field: str) -> list[Any]:
             f"{file}: field {field!r} must be text or a list of chat messages"
         )
     return values
+
+
+def _with_places(file: Path, values: list[Any]) -> Iterator[tuple[str, Any]]:
+    numbers = [number for number, _ in _lines(file)]
+    if len(numbers) == len(values):
+        places = (f"{file}, line {number}" for number in numbers)
+    else:  # `datasets` also reads a JSON list and objects that span lines
+        places = (f"{file}, object {number}" for number in range(1, len(values) + 1))
+    return zip(places, values, strict=True)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -8,6 +8,7 @@ segments.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -41,8 +42,6 @@ def pack(
     dp_size: int,
     token_budget: int,
     alignment: int = 1,
-    pad_to_budget: bool = False,
-    pad_id: int = 0,
 ) -> list[list[Microbatch]]:
     """Deal the rollouts to the data-parallel ranks and pack each rank's share into microbatches.
 
@@ -50,18 +49,16 @@ def pack(
     where a rank would have fewer it splits its largest, and only when each holds one rollout it adds an empty
     one. Deterministic: the same rollouts in the same order give the same microbatches.
 
-    Every segment is padded to a multiple of `alignment`, and no microbatch exceeds `token_budget` tokens.
-    With `pad_to_budget` each is brought to exactly the budget by one more segment of padding (pipeline stages
-    that exchange fixed shapes need it). Rollouts with an empty response have no loss position and are left
-    out (`count_empty_responses` counts them).
+    Every segment is padded with zeros to a multiple of `alignment`, and no microbatch exceeds `token_budget`
+    tokens. Rollouts with an empty response have no loss position and are left out.
 
-    Raises UserError naming `training.microbatch_tokens` when one rollout alone exceeds the budget or when the
-    budget does not divide by the alignment under `pad_to_budget`.
+    Raises UserError naming `training.microbatch_tokens` when the budget is less than one rollout or than the
+    alignment.
     """
-    if token_budget < alignment or (pad_to_budget and token_budget % alignment):
+    if token_budget < alignment:
         raise UserError(
-            f"training.microbatch_tokens = {token_budget} must be a positive multiple of {alignment} in this "
-            f"parallel layout; for example {max(1, -(-token_budget // alignment)) * alignment}"
+            f"training.microbatch_tokens = {token_budget} is too small for this parallel layout; set it to "
+            f"{alignment} or more"
         )
     kept = [rollout for rollout in rollouts if rollout.response_ids]
     lengths = [_padded_length(rollout, alignment) for rollout in kept]
@@ -72,12 +69,8 @@ def pack(
         )
     bins_by_rank = [_fill_bins(share, lengths, token_budget) for share in _deal(lengths, dp_size)]
     count = max(1, *(len(bins) for bins in bins_by_rank))
-    budget = token_budget if pad_to_budget else None
     return [
-        [
-            _build([kept[i] for i in members], alignment, budget, pad_id)
-            for members in _spread(bins, lengths, count)
-        ]
+        [_build([kept[i] for i in members], alignment) for members in _spread(bins, lengths, count)]
         for bins in bins_by_rank
     ]
 
@@ -85,11 +78,6 @@ def pack(
 def count_loss_tokens(microbatches: Iterable[Microbatch]) -> int:
     """Loss positions over all microbatches: this rank's part of the normaliser M."""
     return sum(int(microbatch.mask_T.sum()) for microbatch in microbatches)
-
-
-def count_empty_responses(rollouts: Iterable[Rollout]) -> int:
-    """Rollouts that `pack` leaves out because their response is empty."""
-    return sum(not rollout.response_ids for rollout in rollouts)
 
 
 def _padded_length(rollout: Rollout, alignment: int) -> int:
@@ -152,37 +140,28 @@ def _halve(members: list[int], lengths: list[int]) -> list[list[int]]:
     return [[members[position] for position in half] for half in halves]
 
 
-def _build(members: list[Rollout], alignment: int, budget: int | None, pad_id: int) -> Microbatch:
+def _build(members: list[Rollout], alignment: int) -> Microbatch:
     tokens: list[int] = []
-    positions: list[int] = []
     targets: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
-    offsets = [0]
-
-    def add_segment(
-        inputs: list[int], response: list[int], response_logprobs: list[float], length: int
-    ) -> None:
-        first = len(inputs) - len(response)  # the position that predicts the first response token
-        tail = length - len(inputs)
-        tokens.extend(inputs + [pad_id] * tail)
-        positions.extend(range(length))
-        targets.extend([0] * first + response + [0] * tail)
-        mask.extend([False] * first + [True] * len(response) + [False] * tail)
-        logprobs.extend([0.0] * first + response_logprobs + [0.0] * tail)
-        offsets.append(len(tokens))
-
-    for rollout in members:
+    lengths = [_padded_length(rollout, alignment) for rollout in members]
+    for rollout, length in zip(members, lengths, strict=True):
         inputs = rollout.prompt_ids + rollout.response_ids[:-1]
-        add_segment(inputs, rollout.response_ids, rollout.logprobs, _padded_length(rollout, alignment))
-    length = budget if budget is not None else len(tokens) or alignment
-    if length > len(tokens):
-        add_segment([], [], [], length - len(tokens))
+        first = len(rollout.prompt_ids) - 1  # the position that predicts the first response token
+        tail = length - len(inputs)
+        tokens += inputs + [0] * tail
+        targets += [0] * first + rollout.response_ids + [0] * tail
+        mask += [False] * first + [True] * len(rollout.response_ids) + [False] * tail
+        logprobs += [0.0] * first + rollout.logprobs + [0.0] * tail
+    if not members:
+        lengths, tokens, targets = [alignment], [0] * alignment, [0] * alignment
+        mask, logprobs = [False] * alignment, [0.0] * alignment
     return Microbatch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
-        position_ids_T=torch.tensor(positions, dtype=torch.int64),
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
         targets_T=torch.tensor(targets, dtype=torch.int64),
         mask_T=torch.tensor(mask, dtype=torch.bool),
         rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
-        cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
     )

@@ -1,5 +1,6 @@
 """Prompts: loading, chat template, length limit, and a deterministic resumable order."""
 
+import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,6 +38,11 @@ class LoadedPrompts:
     dropped_empty: int  # blank text
     notes: list[str]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the prompts' token ids, in order."""
+        return hashlib.sha256(repr([prompt.token_ids for prompt in self.prompts]).encode()).hexdigest()
+
 
 def load_prompts(
     path: Path,
@@ -56,7 +62,7 @@ def load_prompts(
     Raises UserError for unreadable input (naming file and line), malformed messages, a chat template that
     refuses a prompt, and when nothing is left.
     """
-    rows = [_messages(value, row, path, system_prompt) for row, value in enumerate(read_column(path, field))]
+    rows = [_messages(value, place, system_prompt) for place, value in read_column(path, field)]
     token_ids = _tokenise(rows, tokenizer, path)
     texts = [_user_text(messages) for messages in rows]
     prompts, dropped_long, dropped_empty = [], 0, 0
@@ -105,16 +111,11 @@ class PromptStream:
         return drawn
 
     def state_dict(self) -> dict[str, int]:
-        """The position, and the number of prompts so that a changed prompt file is noticed on resume."""
-        return {"position": self._position, "prompts": len(self._prompts)}
+        """The position in the endless sequence."""
+        return {"position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at a saved position. Raises UserError when the number of prompts has changed since."""
-        if state["prompts"] != len(self._prompts):
-            raise UserError(
-                f"data.prompts: the checkpoint was written with {state['prompts']} prompts, there are "
-                f"{len(self._prompts)} now; restore the file and data.max_prompt_tokens, or use a new run_dir"
-            )
+        """Continue at a saved position (of the same prompts, seed and shuffle)."""
         self._position = state["position"]
 
     def _epoch_order(self, epoch: int) -> list[int]:
@@ -126,7 +127,7 @@ class PromptStream:
         return self._order[1]
 
 
-def _messages(value: str | list[Any], row: int, path: Path, system_prompt: str | None) -> list[Message]:
+def _messages(value: str | list[Any], place: str, system_prompt: str | None) -> list[Message]:
     if isinstance(value, str):
         messages = [{"role": "user", "content": value}]
     else:
@@ -137,9 +138,7 @@ def _messages(value: str | list[Any], row: int, path: Path, system_prompt: str |
                 and isinstance(item.get("role"), str)
                 and isinstance(item.get("content"), str)
             ):
-                raise UserError(
-                    f"{path}: prompt {row} (from 0): a chat message needs 'role' and 'content' as text"
-                )
+                raise UserError(f"{place}: a chat message needs 'role' and 'content' as text")
             messages.append({"role": item["role"], "content": item["content"]})
     if system_prompt is not None and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system_prompt})

@@ -1,6 +1,5 @@
 """Tokenizers: loading from a model folder, stop ids, and whether student and teacher share one vocabulary."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,6 @@ class TokenizerFingerprint:
     special_ids: frozenset[int]  # ids of the tokens declared special
     roles: dict[str, int | None]  # bos, eos, pad, unk
     chat_template: str | None
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over every id with its token and over the special ids."""
-        content = json.dumps([sorted(self.tokens.items()), sorted(self.special_ids)], ensure_ascii=False)
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -70,6 +70,9 @@ def _refuse_unsupported(config: dict, family: str, folder: Path) -> None:
         raise UserError(
             f"{folder}/config.json: hidden_act '{config['hidden_act']}' is not supported, only 'silu' is"
         )
+    rope = config.get("rope_parameters") or {}
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"{folder}/config.json: partial_rotary_factor other than 1 is not supported")
     if config.get("use_sliding_window"):
         raise UserError(
             f"{folder}/config.json: sliding-window attention is not supported: set use_sliding_window false"

@@ -23,7 +23,7 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
         for param in group["params"]:
             if not optimizer.state[param]:
                 optimizer.state[param] = {
-                    "step": torch.zeros((), dtype=torch.float32),
+                    "step": torch.zeros((), dtype=torch.float32, device=param.device),
                     "exp_avg": torch.zeros_like(param),
                     "exp_avg_sq": torch.zeros_like(param),
                 }

@@ -84,7 +84,7 @@ def _draw_reverse_kl(axes: Axes, rows: list[dict[str, Any]]) -> None:
                 textcoords="offset points",
                 ha="right" if right else "left",
             )
-    axes.set_ylim(0, 1.08 * max(*values, *held_values, 1e-6))
+    axes.set_ylim(0, 1.08 * max([*values, *held_values, 1e-6]))
     axes.set_title(
         "Distance of the student from its teacher, on the student's own rollouts", loc="left", color=INK
     )

@@ -17,8 +17,8 @@ SAMPLES = 16  # rollouts kept of each step
 class RunLog:
     """Records the steps of a run in its directory. A context manager; on ranks other than 0 it does nothing.
 
-    `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it is set
-    aside, so that every step counts once. `decode` turns token ids into text.
+    `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it no
+    longer counts: its metrics are set aside, its samples removed. `decode` turns token ids into text.
     """
 
     def __init__(

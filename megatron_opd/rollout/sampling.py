@@ -68,8 +68,8 @@ def sample_tokens(
     cumulative_BK = block_sums_BK.cumsum(-1)
     if not bool(cumulative_BK[:, -1].isfinite().all()):
         raise UserError(
-            "the student's logits are NaN or infinite: its weights have diverged; lower optimizer.lr and start from "
-            "an earlier checkpoint"
+            "the student's logits are NaN or infinite: its weights have diverged; remove the newest of run_dir's "
+            "checkpoints, lower optimizer.lr and start again"
         )
     if sampling.temperature == 0:
         ids_B = argmax_B

@@ -27,7 +27,7 @@ from megatron_opd.models.gpt import GPT, build_gpt
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
-from megatron_opd.preflight import check_before_start
+from megatron_opd.preflight import Checked, check_before_start
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sharded import generate_sharded
@@ -124,52 +124,79 @@ def set_up(config: Config) -> Job:
     Raises UserError for anything the user can mend. Collective: every rank calls it.
     """
     checked = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
-    parallel, student_arch, teacher_arch = checked.parallel, checked.student, checked.teacher
+    texts = read_texts(config, min(checked.student.vocab_size, checked.teacher.vocab_size))
+    parallel = checked.parallel
     assert parallel.data is not None
     layout = ParallelLayout(
         parallel.tensor, parallel.pipeline, parallel.context, parallel.data, parallel.sequence_parallel
     )
-    texts = read_texts(config, min(student_arch.vocab_size, teacher_arch.vocab_size))
-
     cpu.install()
     device = init_distributed()
     groups = build_groups(layout)
-    padded = max(arch.padded_vocab_size(layout.tensor) for arch in (student_arch, teacher_arch))
-
-    def load(arch: Architecture, folder: Path, recompute: str = "none") -> GPT:
-        precision = config.precision
-        model = build_gpt(
-            arch, layout, groups, precision=precision, padded_vocab_size=padded, recompute=recompute
-        )
-        load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
-        return model.to(device)
-
-    teacher = MegatronTeacher(load(teacher_arch, config.teacher.path), groups)
-    gpt = load(student_arch, config.student.path, config.training.recompute)
+    gpt, teacher = load_models(config, checked, layout, groups, device)
+    student = build_student(
+        gpt, config.optimizer, groups, precision=config.precision, steps=config.training.steps
+    )
     objective = Objective(
         divergence=config.objective.divergence,
         token_weight=config.objective.token_weight.kind,
         gamma=config.objective.token_weight.gamma,
+        unit_mean=config.objective.token_weight.unit_mean,
         temperature=config.rollout.temperature,
     )
+    # The engine draws no id that either model lacks.
+    drawn = replace(checked.student, vocab_size=texts.vocab_size)
     return Job(
         config=config,
         layout=layout,
         groups=groups,
         device=device,
-        architecture=student_arch,
-        student=build_student(
-            gpt, config.optimizer, groups, precision=config.precision, steps=config.training.steps
-        ),
+        architecture=checked.student,
+        student=student,
         teacher=teacher,
-        objective=ObjectivePass(gpt, teacher, objective, texts.vocab_size, groups),
-        engine=LocalEngine(gpt, replace(student_arch, vocab_size=texts.vocab_size), groups),
+        objective=ObjectivePass(gpt, teacher, objective, texts.vocab_size, groups, config.objective.check),
+        engine=LocalEngine(gpt, drawn, groups, max_batch=config.rollout.max_batch),
         texts=texts,
         prompts=PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle),
         checkpoints=CheckpointStore(
-            config.run_dir / "checkpoints", config.checkpoint.keep_last, groups, config.student.path
+            config.run_dir / "checkpoints",
+            config.checkpoint.keep_last,
+            groups,
+            config.student.path,
+            identity={
+                "student architecture": str(checked.student),
+                "data.prompts (SHA-256 of their tokens)": texts.training.digest,
+                "data.shuffle": str(config.data.shuffle),
+                "seed": str(config.seed),
+            },
         ),
     )
+
+
+def load_models(
+    config: Config,
+    checked: Checked,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+) -> tuple[GPT, MegatronTeacher]:
+    """Student and teacher with their weights, in one layout; both vocabularies are padded to the same size."""
+    padded = max(arch.padded_vocab_size(layout.tensor) for arch in (checked.student, checked.teacher))
+
+    def load(arch: Architecture, folder: Path, recompute: str) -> GPT:
+        model = build_gpt(
+            arch,
+            layout,
+            groups,
+            precision=config.precision,
+            padded_vocab_size=padded,
+            recompute=recompute,
+        )
+        load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
+        return model.to(device)
+
+    teacher = MegatronTeacher(load(checked.teacher, config.teacher.path, "none"), groups)
+    return load(checked.student, config.student.path, config.training.recompute), teacher
 
 
 def read_texts(config: Config, vocab_size: int) -> Texts:

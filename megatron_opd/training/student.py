@@ -29,14 +29,18 @@ class Student:
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    config: OptimizerConfig
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the latest update (of the schedule's start before the first)."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def continue_schedule(self, step: int) -> None:
-        """Set the learning rate as after `step` updates; it depends on nothing else, so nothing of it is saved."""
+    def continue_after(self, step: int) -> None:
+        """Go on after `step` updates with this run's settings, whatever the loaded state was saved with."""
+        for group in self.optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = self.config.lr, self.config.min_lr
+            group["betas"], group["eps"] = (self.config.beta1, self.config.beta2), self.config.eps
         self.schedule.num_steps = step
         self.schedule.step(0)
 
@@ -101,7 +105,7 @@ def build_student(
     gpt.config.finalize_model_grads_func = finalize_model_grads
     gpt.config.grad_scale_func = optimizer.scale_loss
     gpt.config.no_sync_func = ddp.no_sync
-    return Student(gpt.train(), ddp, optimizer, _build_schedule(optimizer, config, steps))
+    return Student(gpt.train(), ddp, optimizer, _build_schedule(optimizer, config, steps), config)
 
 
 def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
@@ -120,7 +124,7 @@ def _build_schedule(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
-        min_lr=min(config.min_lr, config.lr),
+        min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=max(steps, config.warmup_steps + 1),
         lr_decay_style=config.schedule,

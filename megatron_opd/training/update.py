@@ -38,11 +38,13 @@ class UpdateScale:
     def of(cls, packed: Sequence[Sequence[Microbatch]]) -> "UpdateScale":
         """Counted over the microbatches of all data-parallel ranks (every rank packs the same rollouts)."""
         everything = [microbatch for rank in packed for microbatch in rank]
-        return cls(count_loss_tokens(everything), sum(m.tokens_T.numel() for m in everything))
+        loss_tokens = count_loss_tokens(everything)
+        assert loss_tokens > 0, "every response has at least one token"
+        return cls(loss_tokens, sum(m.tokens_T.numel() for m in everything))
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         """Per-token means of an update's sums."""
-        return {name: value / max(self.loss_tokens, 1) for name, value in sums.items()}
+        return {name: value / self.loss_tokens for name, value in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class ObjectivePass:
     objective: Objective
     vocab_size: int  # real vocabulary common to student and teacher
     groups: ProcessGroupCollection
+    check: bool = False  # judge the logits, and name the tensor on every rank when they are not finite
 
     def run(
         self,
@@ -80,7 +83,7 @@ class ObjectivePass:
             def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 loss_sum, sums = self._loss(output_T1H, microbatch, payload)
                 tokens = torch.tensor(microbatch.tokens_T.numel(), dtype=torch.int, device=output_T1H.device)
-                return loss_sum * (scale.routed_tokens / max(scale.loss_tokens, 1)), tokens, sums
+                return loss_sum * (scale.routed_tokens / scale.loss_tokens), tokens, sums
 
             return hidden_T1H, loss_func
 
@@ -111,6 +114,7 @@ class ObjectivePass:
             microbatch.targets_T[positions_N],
             vocab_size=self.vocab_size,
             group=self.groups.tp,
+            check=self.check,
             inplace_backward=True,  # nothing else reads the student's logits
         )
         loss_sum, sums = self.objective.loss(stats, positions_N, microbatch.mask_T, microbatch.cu_seqlens)

@@ -12,13 +12,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_opd.checkpoint import store as store_module
-from megatron_opd.checkpoint.store import CheckpointStore, first_damaged_file, published
+from megatron_opd.checkpoint.store import CheckpointStore, first_damaged_file, published, sharded_state
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.parallel.groups import ParallelLayout
-from tests.training.test_layout_parity import assert_close
-from tests.training.tiny_run import TinyRun, build_run, save_pair
+from tests.training.tiny_run import TinyRun, assert_close, build_run, save_pair
 
 ONE = ParallelLayout()
 
@@ -30,8 +29,8 @@ def models(tmp_path_factory):
     return folder
 
 
-def _store(run: TinyRun, models: Path, folder: Path, keep_last: int = 2) -> CheckpointStore:
-    return CheckpointStore(folder, keep_last, run.groups, models / "student-True")
+def _store(run: TinyRun, models: Path, folder: Path, seed: str = "0") -> CheckpointStore:
+    return CheckpointStore(folder, 2, run.groups, models / "student-True", {"seed": seed})
 
 
 def _save(run: TinyRun, store: CheckpointStore, step: int) -> Path:
@@ -54,8 +53,8 @@ def _resume(layout: ParallelLayout, models: Path, folder: Path, **options: Any) 
     found = store.newest_intact()
     assert found is not None
     state = store.load(found, run.student.gpt, run.student.optimizer)
-    assert state == {"note": "kept", "step": 2}
-    run.student.continue_schedule(state["step"])
+    assert state == {"note": "kept", "step": 2, "identity": {"seed": "0"}}
+    run.student.continue_after(state["step"])
     return run.train(range(2, 5))
 
 
@@ -129,8 +128,59 @@ def test_a_damaged_checkpoint_is_passed_over(gloo, models, tmp_path, damage):
     damage(victim)
     assert first_damaged_file(newest) == f"state/{victim.name}"
     assert gloo(1, _newest, models, tmp_path) == ["step_00000001"]
-    _flip(tmp_path / "step_00000001" / "checksums.json")
-    assert gloo(1, _newest, models, tmp_path) == [None]
+    assert [path.name for path in published(tmp_path)] == ["step_00000001"]
+    assert (tmp_path / "damaged_step_00000002").is_dir(), "set aside, so that it never pushes out a sound one"
+
+
+def test_with_all_damaged_the_run_is_not_begun_anew(gloo, models, tmp_path):
+    gloo(1, _save_steps, models, tmp_path, [1, 2])
+    for folder in published(tmp_path):
+        _flip(folder / "run.json")
+    with pytest.raises(UserError, match=r"no intact checkpoint: step_00000002 \(run.json\), step_00000001"):
+        gloo(2, _newest_of_two, models, tmp_path)
+    assert len(published(tmp_path)) == 2
+
+
+def _newest_of_two(models: Path, folder: Path) -> None:
+    _store(build_run(ParallelLayout(data=2), models), models, folder).newest_intact()
+
+
+def _resume_with(models: Path, folder: Path, optimizer: OptimizerConfig, seed: str) -> list[dict[str, Any]]:
+    run = build_run(ONE, models, optimizer=optimizer)
+    store = _store(run, models, folder, seed)
+    found = store.newest_intact()
+    assert found is not None
+    store.load(found, run.student.gpt, run.student.optimizer)
+    run.student.continue_after(2)
+    return [
+        {key: group[key] for key in ("lr", "betas", "eps")} for group in run.student.optimizer.param_groups
+    ]
+
+
+def test_the_optimizer_settings_of_the_config_win_on_resume(gloo, models, tmp_path):
+    gloo(1, _save_and_go_on, ONE, models, tmp_path)
+    changed = OptimizerConfig(lr=1e-5, beta1=0.8, beta2=0.7, eps=1e-3)
+    groups = gloo(1, _resume_with, models, tmp_path, changed, "0")[0]
+    assert groups and all(group == {"lr": 1e-5, "betas": (0.8, 0.7), "eps": 1e-3} for group in groups)
+
+
+def test_a_checkpoint_of_another_run_is_refused(gloo, models, tmp_path):
+    gloo(1, _save_and_go_on, ONE, models, tmp_path)
+    with pytest.raises(UserError, match="belongs to a run with seed = 0, this one has 1"):
+        gloo(1, _resume_with, models, tmp_path, OptimizerConfig(), "1")
+
+
+def _bytes_to_write(layout: ParallelLayout, models: Path) -> int:
+    run = build_run(layout, models, optimizer=OptimizerConfig(distributed=False))
+    run.train(range(1))
+    state = sharded_state(run.student.gpt, run.student.optimizer, run.groups, is_loading=False)
+    return store_module._local_bytes(state)
+
+
+def test_the_space_needed_counts_replicas_once(gloo, models):
+    one = sum(gloo(1, _bytes_to_write, ONE, models))
+    for layout in (ParallelLayout(data=2), ParallelLayout(tensor=2)):
+        assert sum(gloo(2, _bytes_to_write, layout, models)) == pytest.approx(one, rel=1e-3)
 
 
 def test_a_save_cut_short_is_never_picked_up(gloo, models, tmp_path):

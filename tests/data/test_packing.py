@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opd.data.packing import Microbatch, count_empty_responses, count_loss_tokens, pack
+from megatron_opd.data.packing import Microbatch, count_loss_tokens, pack
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 
@@ -69,28 +69,26 @@ def all_equal(a: list[list[Microbatch]], b: list[list[Microbatch]]) -> bool:
     return len(flat_a) == len(flat_b) and all(map(torch.equal, flat_a, flat_b))
 
 
-layouts = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4, 8]), st.booleans())
+layouts = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4, 8]))
 
 
 @given(rollout_lists(), layouts)
 def test_every_response_token_appears_once_with_its_target_and_logprob(rollouts, layout):
-    dp_size, alignment, pad = layout
-    packed = pack(rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment, pad_to_budget=pad)
+    dp_size, alignment = layout
+    packed = pack(rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment)
     assert loss_positions(packed) == expected_positions(rollouts)
     assert sum(count_loss_tokens(rank) for rank in packed) == sum(len(r.response_ids) for r in rollouts)
 
 
 @given(rollout_lists(), layouts)
 def test_shapes_budgets_and_alignment(rollouts, layout):
-    dp_size, alignment, pad = layout
-    packed = pack(
-        rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment, pad_to_budget=pad, pad_id=7
-    )
+    dp_size, alignment = layout
+    packed = pack(rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment)
     assert len(packed) == dp_size
     assert len({len(rank) for rank in packed}) == 1 and packed[0]
     for m in (m for rank in packed for m in rank):
         total = len(m.tokens_T)
-        assert (total == BUDGET) if pad else (0 < total <= BUDGET)
+        assert 0 < total <= BUDGET
         assert m.cu_seqlens.dtype == torch.int32 and m.cu_seqlens[0] == 0 and m.cu_seqlens[-1] == total
         assert {len(t) for n, t in vars(m).items() if n != "cu_seqlens"} == {total}
         for segment in segments(m):
@@ -102,8 +100,8 @@ def test_shapes_budgets_and_alignment(rollouts, layout):
 
 @given(rollout_lists(), layouts)
 def test_each_segment_is_one_rollout_without_its_last_token(rollouts, layout):
-    dp_size, alignment, pad = layout
-    packed = pack(rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment, pad_to_budget=pad)
+    dp_size, alignment = layout
+    packed = pack(rollouts, dp_size=dp_size, token_budget=BUDGET, alignment=alignment)
     found: Counter = Counter()
     for m in (m for rank in packed for m in rank):
         for segment in segments(m):
@@ -118,29 +116,19 @@ def test_each_segment_is_one_rollout_without_its_last_token(rollouts, layout):
 
 @given(rollout_lists(), layouts)
 def test_same_input_same_output(rollouts, layout):
-    dp_size, alignment, pad = layout
-    options = {"dp_size": dp_size, "token_budget": BUDGET, "alignment": alignment, "pad_to_budget": pad}
+    dp_size, alignment = layout
+    options = {"dp_size": dp_size, "token_budget": BUDGET, "alignment": alignment}
     assert all_equal(pack(rollouts, **options), pack(list(rollouts), **options))
 
 
 def test_one_microbatch_by_hand():
-    packed = pack(
-        [rollout([1, 2], [3, 4, 5])], dp_size=1, token_budget=8, alignment=3, pad_id=9, pad_to_budget=False
-    )
-    (m,) = packed[0]
-    assert m.tokens_T.tolist() == [1, 2, 3, 4, 9, 9]
+    (m,) = pack([rollout([1, 2], [3, 4, 5])], dp_size=1, token_budget=8, alignment=3)[0]
+    assert m.tokens_T.tolist() == [1, 2, 3, 4, 0, 0]
     assert m.targets_T.tolist() == [0, 3, 4, 5, 0, 0]
     assert m.mask_T.tolist() == [False, True, True, True, False, False]
     assert m.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5]
     assert m.rollout_logprobs_T.tolist() == [0.0, -1 / 128, -2 / 128, -3 / 128, 0.0, 0.0]
     assert m.cu_seqlens.tolist() == [0, 6]
-
-
-def test_padding_to_the_budget_is_one_more_masked_segment():
-    (m,) = pack([rollout([1, 2], [3])], dp_size=1, token_budget=6, pad_to_budget=True, pad_id=9)[0]
-    assert m.tokens_T.tolist() == [1, 2, 9, 9, 9, 9]
-    assert m.cu_seqlens.tolist() == [0, 2, 6]
-    assert m.mask_T.tolist() == [False, True, False, False, False, False]
 
 
 def test_ranks_get_a_balanced_share_of_tokens():
@@ -176,9 +164,8 @@ def test_no_rollouts_at_all():
     assert [[count_loss_tokens([m]) for m in rank] for rank in packed] == [[0], [0]]
 
 
-def test_empty_responses_are_left_out_and_counted():
+def test_empty_responses_are_left_out():
     rollouts = [rollout([1, 2], []), rollout([1, 2], [3]), rollout([4], [])]
-    assert count_empty_responses(rollouts) == 2
     (m,) = pack(rollouts, dp_size=1, token_budget=8)[0]
     assert m.tokens_T.tolist() == [1, 2]
 
@@ -188,6 +175,6 @@ def test_a_rollout_longer_than_the_budget_is_an_error_naming_the_key():
         pack([rollout([1] * 5, [2] * 6)], dp_size=1, token_budget=8, alignment=4)
 
 
-def test_a_budget_that_does_not_divide_is_an_error_naming_the_key():
-    with pytest.raises(UserError, match=r"training\.microbatch_tokens = 10 .* multiple of 4 .* 12"):
-        pack([rollout([1], [2])], dp_size=1, token_budget=10, alignment=4, pad_to_budget=True)
+def test_a_budget_below_the_alignment_is_an_error_naming_the_key():
+    with pytest.raises(UserError, match=r"training\.microbatch_tokens = 3 .* parallel layout.* 4 or more"):
+        pack([], dp_size=1, token_budget=3, alignment=4)

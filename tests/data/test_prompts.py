@@ -118,8 +118,18 @@ def test_a_field_that_no_line_has(tmp_path):
 
 
 def test_malformed_messages(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "text": "one"}]}])
-    with pytest.raises(UserError, match="'role' and 'content'"):
+    write(tmp_path / "a.jsonl", [{"prompt": "one"}])
+    good, bad = [{"role": "user", "content": "two"}], [{"role": "user", "text": "three"}]
+    write(tmp_path / "b.jsonl", [{"prompt": good}, "", {"prompt": bad}])
+    with pytest.raises(UserError, match=r"b\.jsonl, line 3: a chat message needs 'role' and 'content'"):
+        load(tmp_path)
+
+
+def test_malformed_messages_of_a_json_list_are_counted_as_there_are_no_lines(tmp_path):
+    bad = [{"role": "user", "text": "three"}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"prompt": "one"}, {"prompt": bad}]))
+    with pytest.raises(UserError, match=r"a\.json, object 2: a chat message needs 'role' and 'content'"):
         load(path)
 
 

@@ -68,9 +68,3 @@ def test_another_chat_template_is_a_warning():
 def test_another_end_token_is_a_warning_as_between_base_and_instruct_models():
     warning = check_same_tokenizer(make_tokenizer(), make_tokenizer(eos="<assistant>"))
     assert warning is not None and "eos_token_id is 2 for the student and 5 for the teacher" in warning
-
-
-def test_the_digest_follows_the_tokens():
-    digest = fingerprint(make_tokenizer()).digest
-    assert digest == fingerprint(make_tokenizer(template=None)).digest
-    assert digest != fingerprint(make_tokenizer(words=("uno", *WORDS[1:]))).digest

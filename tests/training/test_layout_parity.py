@@ -6,7 +6,7 @@ import pytest
 
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.parallel.groups import ParallelLayout
-from tests.training.tiny_run import TOTAL_STEPS, build_run, save_pair
+from tests.training.tiny_run import TOTAL_STEPS, assert_close, build_run, save_pair
 
 ONE = ParallelLayout()
 LAYOUTS = [
@@ -37,12 +37,6 @@ def _curve(layout: ParallelLayout, models: Any, **options: Any) -> list[dict[str
     return build_run(layout, models, **options).train(range(TOTAL_STEPS))
 
 
-def assert_close(curve: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
-    for got, want in zip(curve, expected, strict=True):
-        for name in want:
-            assert got[name] == pytest.approx(want[name], rel=tolerance, abs=tolerance), name
-
-
 @pytest.fixture(scope="module")
 def expected_gradients(gloo, models):
     return {tied: gloo(1, _gradients, ONE, models, tied)[0] for tied in (True, False)}
@@ -69,6 +63,29 @@ def test_main_gradients_at_step_1(gloo, models, expected_gradients, layout, tied
 def test_curve_over_5_steps(gloo, models, expected_curve, layout, tied):
     for curve in gloo(layout.world_size, _curve, layout, models, tied=tied):
         assert_close(curve, expected_curve[tied], 1e-5)
+
+
+def _few(layout: ParallelLayout, models: Any, rollouts: int) -> dict[str, Any]:
+    run = build_run(layout, models, optimizer=OptimizerConfig(distributed=False))
+    run.forward_backward(0, rollouts)
+    return run.gradients()
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(data=2), ParallelLayout(pipeline=2, data=2)], ids=str)
+def test_a_replica_without_any_response_token(gloo, models, layout):
+    """One rollout for two replicas: one of them runs an empty microbatch and still takes part."""
+    expected = gloo(1, _few, ONE, models, 1)[0]
+    for gradients in gloo(layout.world_size, _few, layout, models, 1):
+        for name, gradient in gradients.items():
+            assert (gradient - expected[name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(tensor=2, pipeline=2)], ids=str)
+def test_sharded_biases_count_in_the_gradient_norm(gloo, models, layout):
+    """Qwen2 has a bias in the query, key and value projection, sharded like its weight."""
+    expected = gloo(1, _curve, ONE, models, student_name="student-qwen2")[0]
+    for curve in gloo(layout.world_size, _curve, layout, models, student_name="student-qwen2"):
+        assert_close(curve, expected, 1e-5)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -25,9 +26,10 @@ TOTAL_STEPS = 5
 
 
 def save_pair(folder: Path) -> None:
-    """A cross-scale pair: the teacher has another width and depth, and its embeddings are not tied."""
+    """Cross-scale pairs: the teacher has another width and depth, and its embeddings are not tied."""
     for tied in (True, False):
         save_tiny_model(folder / f"student-{tied}", seed=1, tied=tied)
+    save_tiny_model(folder / "student-qwen2", seed=3, family="qwen2")
     save_tiny_model(folder / "teacher", seed=2, layers=8, hidden=96, tied=False)
 
 
@@ -41,10 +43,10 @@ class TinyRun:
     student: Student
     objective: ObjectivePass
 
-    def forward_backward(self, step: int) -> dict[str, float]:
+    def forward_backward(self, step: int, rollouts: int = 9) -> dict[str, float]:
         """Accumulate the gradients of recorded step `step`."""
         packed = pack(
-            recorded_rollouts(9, seed=step),
+            recorded_rollouts(rollouts, seed=step),
             dp_size=self.layout.data,
             token_budget=96,
             alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
@@ -77,6 +79,7 @@ def build_run(
     folder: Path,
     *,
     tied: bool = True,
+    student_name: str | None = None,
     optimizer: OptimizerConfig = SCHEDULED,
     precision: str = "fp32",
     recompute: str = "none",
@@ -85,7 +88,7 @@ def build_run(
     cpu.install()
     torch.set_num_threads(1)
     groups = build_groups(layout)
-    folders = (folder / f"student-{tied}", folder / "teacher")
+    folders = (folder / (student_name or f"student-{tied}"), folder / "teacher")
     archs = [read_architecture(path) for path in folders]
     padded = max(arch.padded_vocab_size(layout.tensor) for arch in archs)
 
@@ -102,3 +105,10 @@ def build_run(
     teacher = MegatronTeacher(load(archs[1], folders[1], "none"), groups)
     objective = ObjectivePass(student.gpt, teacher, Objective(token_weight="cumulative_share"), VOCAB, groups)
     return TinyRun(layout, groups, archs[0], student, objective)
+
+
+def assert_close(curve: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
+    """Every number of every step agrees within the tolerance, relative or absolute."""
+    for got, want in zip(curve, expected, strict=True):
+        for name in want:
+            assert got[name] == pytest.approx(want[name], rel=tolerance, abs=tolerance), name
