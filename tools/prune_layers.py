@@ -1,8 +1,8 @@
-"""Depth pruning: drops whole decoder layers of a Hugging Face folder, evenly from a given layer on.
+"""Depth pruning: drops whole decoder layers of a Hugging Face folder, evenly spread over a range of them.
 
-Usage: python -m tools.prune_layers SRC DST --keep 24 --from 8
+Usage: python -m tools.prune_layers SRC DST --keep 24 --from 8 --to 26
 
-The early layers of a language model matter most, so the dropped ones are spread over the rest. Works on the
+The first and the last layers of a language model matter most, so the dropped ones lie between. Works on the
 safetensors files tensor by tensor, without building the model.
 """
 
@@ -23,18 +23,19 @@ from megatron_opd.errors import UserError
 LAYER = re.compile(r"^(.*\blayers\.)(\d+)(\..*)$")
 
 
-def evenly_spaced(layers: int, keep: int, start: int) -> list[int]:
-    """The `layers - keep` layers to drop, ascending (0-based): evenly spaced over [start, layers).
+def evenly_spaced(layers: int, keep: int, start: int, stop: int) -> list[int]:
+    """The `layers - keep` layers to drop, ascending (0-based): evenly spaced over [start, stop).
 
     Raises UserError when there are not that many to drop.
     """
     drop = layers - keep
-    if keep < 1 or drop < 1 or start < 0 or drop > layers - start:
+    if keep < 1 or drop < 1 or start < 0 or stop > layers or drop > stop - start:
         raise UserError(
-            f"cannot keep {keep} of {layers} layers dropping only from layer {start} on: "
-            f"--keep must lie between {max(1, start)} and {layers - 1}"
+            f"cannot keep {keep} of {layers} layers dropping only from layers {start} to {stop - 1}: "
+            f"--keep must lie between {max(1, layers - max(stop - start, 0))} and {layers - 1}, --from and --to "
+            f"between 0 and {layers}"
         )
-    return [start + i * (layers - start) // drop for i in range(drop)]
+    return [start + i * (stop - start) // drop for i in range(drop)]
 
 
 def prune(source: Path, destination: Path, dropped: Sequence[int]) -> None:
@@ -119,10 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--from", type=int, default=0, dest="start", help="first layer that may be dropped (default 0)"
     )
+    parser.add_argument("--to", type=int, dest="stop", help="layer before which dropping ends (default: all)")
     options = parser.parse_args(arguments)
     try:
         layers = read_config(options.source)["num_hidden_layers"]
-        dropped = evenly_spaced(layers, options.keep, options.start)
+        dropped = evenly_spaced(layers, options.keep, options.start, options.stop or layers)
         prune(options.source, options.destination, dropped)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ INPUTS = Path("runs/inputs")
 TEACHER_HF = INPUTS / "smollm2-135m-instruct"
 STUDENT_HF = INPUTS / "smollm2-24-layers"
 PROMPTS = INPUTS / "prompts"
-STUDENT_LAYERS, FIRST_PRUNED_LAYER = 24, 8
+STUDENT_LAYERS, PRUNED_RANGE = 24, (8, 26)
 
 QUESTION = "What is the difference between weather and climate?"
 ANSWER_TOKENS = 60
@@ -74,7 +74,7 @@ def prepare(console: Console) -> None:
 
     def prune() -> None:
         layers = prune_layers.read_config(TEACHER_HF)["num_hidden_layers"]
-        dropped = prune_layers.evenly_spaced(layers, STUDENT_LAYERS, FIRST_PRUNED_LAYER)
+        dropped = prune_layers.evenly_spaced(layers, STUDENT_LAYERS, *PRUNED_RANGE)
         prune_layers.prune(TEACHER_HF, STUDENT_HF, dropped)
 
     make(PROMPTS, "prompts", lambda: quickstart_data.write_prompts(PROMPTS))

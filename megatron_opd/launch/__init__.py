@@ -4,5 +4,6 @@
 - `worker`: what a started process owes the one that started it.
 - `doctor`: what this machine has, and whether it can train.
 
-Imports torch's launcher, `config` and `errors`; never the models or the training step.
+Imports torch, `errors` and, for the version of megatron-core that was checked, `parallel.cpu`; never `config`, the
+models or the training step.
 """

@@ -16,7 +16,10 @@ WINDOW = 10  # steps that the step time is taken over
 
 
 class TrainingProgress:
-    """Shows step, loss, reverse KL, tokens per second and the remaining time.
+    """Shows step, loss, reverse KL, tokens per second, the time of a step and the remaining time.
+
+    A step takes the sum of its metrics that end in `_seconds` (rollout, teacher, ...), where there are any. The
+    remaining time is reckoned from one update to the next, with evaluations and checkpoints between them.
 
     A context manager. On a terminal it draws one bar; otherwise it prints a line for the first and the last
     step and at most one every 10 seconds in between, so that log files stay short. `say` prints a line in
@@ -36,14 +39,15 @@ class TrainingProgress:
         self._first = first_step
         self._console = console or Console()
         self._clock = clock
-        self._seconds: deque[float] = deque(maxlen=WINDOW)
-        self._step_began = clock()
+        self._step_seconds: deque[float] = deque(maxlen=WINDOW)
+        self._wall_seconds: deque[float] = deque(maxlen=WINDOW)
+        self._updated = clock()
         self._line_printed = -math.inf
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> Self:
-        self._step_began = self._clock()
+        self._updated = self._clock()
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
@@ -62,16 +66,16 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def step_begins(self) -> None:
-        """Start the clock of a step; without it a step is timed from the end of the one before."""
-        self._step_began = self._clock()
-
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Step `step` (1-based) is done; `metrics` is its row: `loss`, `reverse_kl`, `tokens` are shown if
         there."""
         now = self._clock()
-        self._seconds.append(now - self._step_began)
-        self._step_began = now
+        wall = now - self._updated
+        phases = [value for name, value in metrics.items() if name.endswith("_seconds")]
+        self._step_seconds.append(sum(phases) if phases else wall)
+        # Before the first update the time includes the start of the run.
+        self._wall_seconds.append(wall if self._wall_seconds else self._step_seconds[0])
+        self._updated = now
         numbers = self._numbers(step, metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
@@ -86,16 +90,16 @@ class TrainingProgress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _numbers(self, step: int, metrics: Mapping[str, float]) -> str:
-        seconds = statistics.median(self._seconds)
         parts = [
             f"{name} {metrics[key]:.4f}"
             for name, key in (("loss", "loss"), ("reverse_kl", "reverse_kl"))
             if key in metrics
         ]
-        if "tokens" in metrics and self._seconds[-1] > 0:
-            parts.append(f"{metrics['tokens'] / self._seconds[-1]:.0f} tokens/s")
-        parts.append(f"{seconds:.2f} s/step")
-        parts.append(f"ETA {format_duration(seconds * (self._total - step))}")
+        if "tokens" in metrics and self._step_seconds[-1] > 0:
+            parts.append(f"{metrics['tokens'] / self._step_seconds[-1]:.0f} tokens/s")
+        parts.append(f"{statistics.median(self._step_seconds):.2f} s/step")
+        remaining = statistics.median(self._wall_seconds) * (self._total - step)
+        parts.append(f"ETA {format_duration(remaining)}")
         return "  ".join(parts)
 
 

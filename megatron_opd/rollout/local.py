@@ -6,7 +6,7 @@ A batched decoding loop with cached keys and values under tensor, pipeline and d
 Shapes: B sequences in the batch, N tokens of a pass, H hidden size, V padded vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
+from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import GPT
 from megatron_opd.rollout.decoder import StageDecoder
 from megatron_opd.rollout.kv_cache import KVCache
-from megatron_opd.rollout.sampling import Sampling, sample_tokens, uniforms
+from megatron_opd.rollout.sampling import NOT_DRAWN, Sampling, sample_tokens, uniforms
 
 PROMPT_TOKENS = 8192  # prompt tokens in one pass: bounds the activations, not the cache
 
@@ -67,17 +68,12 @@ class LocalEngine:
 
     @torch.inference_mode()
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        weight_version: int,
-        progress: Callable[[int], None] | None = None,
+        self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int
     ) -> list[Rollout]:
         """`sampling.n` responses to each prompt of this replica, in prompt order, then sample order.
 
-        Collective over the replica: all its ranks call it with the same arguments and return the same list. `progress`
-        is called after every token of the batch with the number of tokens drawn so far. Raises UserError when the
-        logits are not finite.
+        Collective over the replica: all its ranks call it with the same arguments and return the same list.
+        Raises UserError, on all of them, when the logits are not finite.
         """
         if not prompts:
             return []
@@ -86,16 +82,12 @@ class LocalEngine:
         decoder = StageDecoder(self._model, self._arch, self._groups.tp, rows=step)
         keys = [(prompt, sample) for prompt in prompts for sample in range(sampling.n)]
         rollouts: list[Rollout] = []
-        done = 0
         for start in range(0, rows, step):
             batch = [
                 _Sequence(prompt, sample, uniforms(sampling.seed, prompt.id, sample, sampling.max_new_tokens))
                 for prompt, sample in keys[start : start + step]
             ]
-            for drawn in _Generation(decoder, self._arch, self._groups, batch, sampling).run():
-                done += drawn
-                if progress is not None:
-                    progress(done)
+            _Generation(decoder, self._arch, self._groups, batch, sampling).run()
             rollouts += [_to_rollout(sequence, weight_version) for sequence in batch]
         return rollouts
 
@@ -128,16 +120,15 @@ class _Generation:
             device=decoder.device,
         )
 
-    def run(self) -> Iterator[int]:
-        """Draw until every sequence has ended; yields the number of tokens drawn at each step."""
+    def run(self) -> None:
+        """Draw until every sequence has ended."""
         residual_BH = self._run_prompts()
         for position in range(self.sampling.max_new_tokens):
             tokens, logprobs = self._draw(residual_BH, position)
+            for sequence, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
+                if not sequence.finish_reason:
+                    sequence.append(token, logprob, self.sampling)
             running = [row for row, sequence in enumerate(self.rows) if not sequence.finish_reason]
-            for row in running:
-                self.rows[row].append(tokens[row], logprobs[row], self.sampling)
-            yield len(running)
-            running = [row for row in running if not self.rows[row].finish_reason]
             if not running:
                 return
             if 2 * len(running) <= len(self.rows):  # a row costs little beside reading the weights
@@ -199,7 +190,10 @@ class _Generation:
         return self.stages.receive(len(tokens))
 
     def _draw(self, residual_BH: Tensor, position: int) -> tuple[list[int], list[float]]:
-        """One token a row and its log-prob, the same on every rank of the replica."""
+        """One token a row and its log-prob, the same on every rank of the replica.
+
+        Only one rank sees all logits, so every rank learns from what it shares that they were not finite.
+        """
         drawn_2B = None
         logits_BV = None
         if self.stages.last:
@@ -210,6 +204,11 @@ class _Generation:
             ids_B, logprobs_B = sample_tokens(logits_BV, uniform_B, self.sampling, self.arch.vocab_size)
             drawn_2B = torch.stack((ids_B.double(), logprobs_B.double()))
         tokens, logprobs = self.stages.share_draws(drawn_2B, len(self.rows)).tolist()
+        if tokens[0] == NOT_DRAWN:
+            raise UserError(
+                "the student's logits are NaN or infinite: its weights have diverged; remove the newest of run_dir's "
+                "checkpoints, lower optimizer.lr and start again"
+            )
         return [int(token) for token in tokens], logprobs
 
 

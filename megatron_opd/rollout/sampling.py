@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opd.errors import UserError
-
+NOT_DRAWN = -1  # the id of every row when some row's logits are not finite
 BLOCK = 128  # tokens a block of the two-level inverse CDF
 FIRST_CANDIDATES = 1024  # top-p looks at that many of the likeliest tokens before it looks at more
 
@@ -57,7 +56,8 @@ def sample_tokens(
 
     `uniform_B` float64 in [0, 1). The log-prob is the token's under softmax(logits / temperature) before any cut, as
     `Rollout.logprobs`; at temperature 0 under softmax(logits). Ids of `vocab_size` and more are never drawn and have
-    no share in the softmax. Without a cut nothing is sorted. Raises UserError when a row has NaN or infinite logits.
+    no share in the softmax. Without a cut nothing is sorted. When a row has NaN or infinite logits nothing is drawn: every
+    id is `NOT_DRAWN` and every log-prob NaN.
     """
     logits_BV = logits_BV[:, :vocab_size].float()
     if sampling.temperature not in (0.0, 1.0):
@@ -67,10 +67,7 @@ def sample_tokens(
     block_sums_BK = weights_BV.view(len(weights_BV), -1, BLOCK).sum(-1, dtype=torch.float64)
     cumulative_BK = block_sums_BK.cumsum(-1)
     if not bool(cumulative_BK[:, -1].isfinite().all()):
-        raise UserError(
-            "the student's logits are NaN or infinite: its weights have diverged; remove the newest of run_dir's "
-            "checkpoints, lower optimizer.lr and start again"
-        )
+        return torch.full_like(argmax_B, NOT_DRAWN), torch.full_like(top_B, torch.nan)
     if sampling.temperature == 0:
         ids_B = argmax_B
     elif sampling.top_k or sampling.top_p < 1:

@@ -52,14 +52,21 @@ def test_a_resumed_run_counts_on():
     assert line.startswith("step 21/40") and line.endswith("ETA 1:35")
 
 
-def test_time_between_steps_is_not_charged_to_a_step_that_says_when_it_begins():
+def test_time_between_steps_counts_for_the_remaining_time_alone():
     clock, out = Clock(), io.StringIO()
-    with TrainingProgress(10, 0, Console(file=out, width=120), clock) as progress:
-        clock.now += 50  # an evaluation
-        progress.step_begins()
-        clock.now += 2
-        progress.update(1, {"loss": 1.0})
-    assert "2.00 s/step" in out.getvalue()
+    row = {"tokens": 512, "rollout_seconds": 1.5, "train_seconds": 0.5, "eval/seconds": 40.0}
+    with TrainingProgress(13, 0, Console(file=out, width=120), clock) as progress:
+        clock.now += 50 + 2  # an evaluation before the first step
+        progress.update(1, row)
+        for step in (2, 3):
+            clock.now += 2 + 9  # a checkpoint after every step
+            progress.update(step, row)
+    lines = [line.split("  ", 1) for line in out.getvalue().splitlines()]
+    assert lines == [
+        ["step 1/13", "256 tokens/s  2.00 s/step  ETA 0:24"],
+        ["step 2/13", "256 tokens/s  2.00 s/step  ETA 1:12"],  # the median of 2 and 11 seconds
+        ["step 3/13", "256 tokens/s  2.00 s/step  ETA 1:50"],
+    ]
 
 
 def test_a_skipped_step_without_numbers_is_shown_too():

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
+from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.gpt import GPT, build_gpt, packed_forward
 from megatron_opd.models.lm_head import logits_shard
@@ -83,20 +85,30 @@ def reference(folder: Path, sampling: Sampling, precision: str = "fp32") -> list
     return rollouts
 
 
-def generate_twice(folder: Path, sampling: Sampling) -> tuple[list[Rollout], list[Rollout], list[int], bool]:
-    """(before, after the weights changed in place, progress of the first call, whether training flags are kept)."""
+def error_of_diverged(folder: Path, sampling: Sampling, layout: ParallelLayout) -> str:
+    """What the engine says on this rank when the weights of one rank of the last stage are NaN."""
+    model, arch, groups = load(folder, layout)
+    if groups.pp.rank() == layout.pipeline - 1 and groups.tp.rank() == layout.tensor - 1:
+        with torch.no_grad():
+            model.head_weight.fill_(torch.nan)
+    with pytest.raises(UserError) as caught:
+        LocalEngine(model, arch, groups).generate(PROMPTS, sampling, 3)
+    return str(caught.value)
+
+
+def generate_twice(folder: Path, sampling: Sampling) -> tuple[list[Rollout], list[Rollout], bool]:
+    """(before, after the weights changed in place, whether training flags are kept)."""
     model, arch, groups = load(folder, ParallelLayout())
     model.train()
     model.decoder.layers[1].eval()
     modes = [module.training for module in model.modules()]
     engine = LocalEngine(model, arch, groups)
-    progress: list[int] = []
-    before = engine.generate(PROMPTS, sampling, 3, progress=progress.append)
+    before = engine.generate(PROMPTS, sampling, 3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
     after = engine.generate(PROMPTS, sampling, 4)
-    return before, after, progress, modes == [module.training for module in model.modules()]
+    return before, after, modes == [module.training for module in model.modules()]
 
 
 def training_logprobs(folder: Path, rollouts: list[Rollout], precision: str) -> list[list[float]]:

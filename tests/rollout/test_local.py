@@ -117,11 +117,10 @@ def test_no_prompts_no_rollouts(gloo: GlooPools, llama: Path) -> None:
 
 
 def test_uses_the_present_weights_and_leaves_the_model_as_it_was(gloo: GlooPools, llama: Path) -> None:
-    before, after, progress, modes_kept = gloo(1, generate_twice, llama, SAMPLING)[0]
+    before, after, modes_kept = gloo(1, generate_twice, llama, SAMPLING)[0]
     assert modes_kept
     assert [r.logprobs for r in before] != [r.logprobs for r in after]
     assert {r.weight_version for r in after} == {4}
-    assert progress == [len(PROMPTS) * (i + 1) for i in range(SAMPLING.max_new_tokens)]
 
 
 def test_many_prompt_tokens_take_several_passes(gloo: GlooPools, llama: Path) -> None:

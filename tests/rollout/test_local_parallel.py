@@ -9,7 +9,7 @@ from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.rollout.sampling import Sampling
 from tests.checkpoint.models import write_hf
 from tests.gloo_pool import GlooPools
-from tests.rollout.models import PROMPTS, generate
+from tests.rollout.models import PROMPTS, error_of_diverged, generate
 from tests.rollout.test_local import assert_same
 
 LAYOUTS = [
@@ -36,6 +36,15 @@ def test_every_layout_draws_the_same(
         results = gloo(layout.world_size, generate, folder, sampling, PROMPTS, layout)
         assert_same(results[0], expected)
         assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(pipeline=2)], ids=str)
+def test_every_rank_says_that_the_logits_are_not_finite(
+    gloo: GlooPools, tmp_path: Path, layout: ParallelLayout
+) -> None:
+    folder = write_hf(tmp_path, "llama", tied=False)
+    messages = gloo(2, error_of_diverged, folder, SAMPLING, layout)
+    assert messages[0] == messages[1] and "NaN or infinite" in messages[0]
 
 
 def test_bf16_shards_travel_too(gloo: GlooPools, tmp_path: Path) -> None:

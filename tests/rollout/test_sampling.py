@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opd.errors import UserError
-from megatron_opd.rollout.sampling import FIRST_CANDIDATES, Sampling, sample_tokens, uniforms
+from megatron_opd.rollout.sampling import FIRST_CANDIDATES, NOT_DRAWN, Sampling, sample_tokens, uniforms
 
 KEYS = st.tuples(st.integers(0, 2**63), st.text(max_size=20), st.integers(0, 10_000))
 
@@ -145,8 +144,9 @@ def test_tokens_without_weight_are_never_drawn():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_refused(bad):
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_p": 0.9}])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(bad, changes):
     logits = torch.zeros(2, 10)
     logits[1, 3] = bad
-    with pytest.raises(UserError, match="diverged"):
-        sample_tokens(logits, torch.zeros(2, dtype=torch.float64), settings_of(), 10)
+    ids, logprobs = sample_tokens(logits, torch.zeros(2, dtype=torch.float64), settings_of(**changes), 10)
+    assert ids.tolist() == [NOT_DRAWN] * 2 and logprobs.isnan().all()

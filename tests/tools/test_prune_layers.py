@@ -75,24 +75,27 @@ def test_settings_listed_per_layer_follow_their_layers():
 
 
 def test_the_layers_of_the_quickstart():
-    assert evenly_spaced(30, keep=24, start=8) == [8, 11, 15, 19, 22, 26]
+    assert evenly_spaced(30, keep=24, start=8, stop=26) == [8, 11, 14, 17, 20, 23]
 
 
 @given(layers=st.integers(2, 80), data=st.data())
 def test_dropped_layers_are_distinct_and_evenly_spread(layers, data):
     start = data.draw(st.integers(0, layers - 1))
-    drop = data.draw(st.integers(1, min(layers - start, layers - 1)))
-    dropped = evenly_spaced(layers, layers - drop, start)
+    stop = data.draw(st.integers(start + 1, layers))
+    drop = data.draw(st.integers(1, min(stop - start, layers - 1)))
+    dropped = evenly_spaced(layers, layers - drop, start, stop)
     assert len(set(dropped)) == drop and dropped == sorted(dropped)
-    assert start == dropped[0] and dropped[-1] < layers
-    gaps = {b - a for a, b in pairwise([*dropped, layers])}
+    assert start == dropped[0] and dropped[-1] < stop
+    gaps = {b - a for a, b in pairwise([*dropped, stop])}
     assert max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize(("keep", "start"), [(6, 0), (0, 0), (2, 3), (4, -1)])
-def test_impossible_numbers_are_refused(keep, start):
+@pytest.mark.parametrize(
+    ("keep", "start", "stop"), [(6, 0, 6), (0, 0, 6), (2, 3, 6), (4, -1, 6), (4, 0, 7), (3, 2, 4)]
+)
+def test_impossible_numbers_are_refused(keep, start, stop):
     with pytest.raises(UserError, match="--keep must lie between"):
-        evenly_spaced(6, keep, start)
+        evenly_spaced(6, keep, start, stop)
 
 
 def test_a_layer_that_is_not_there(tmp_path):
