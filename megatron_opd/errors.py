@@ -1,9 +1,39 @@
-"""The one exception type for mistakes the user can mend.
+"""The one exception type for mistakes the user can mend, and why a disk refused a write.
 
 Raise `UserError` for bad input (a misspelt key, a missing folder, a full disk). The command line prints it as one
 line, without a traceback, and exits with code 2. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+import errno
+
+_REFUSED = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "read-only file system",
+    errno.ENOTDIR: "a parent of it is a file",
+}
+_REFUSED_IN_WORDS = {
+    "No space left on device": "no space left on device",
+    "Disk quota exceeded": "disk quota exceeded",
+    "unexpected pos": "a write was cut short, as on a full disk",  # torch's zip writer says nothing else
+}
+
 
 class UserError(Exception):
     """Bad input. The message is one line that names the key or file and says what to do about it."""
+
+
+def why_refused(error: BaseException | None) -> str | None:
+    """Why the file system refused a write, None if that is not what went wrong.
+
+    Writers in other processes or other languages only leave the system's text in their message.
+    """
+    if error is None:
+        return None
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return _REFUSED[error.errno]
+    for text, reason in _REFUSED_IN_WORDS.items():
+        if text in str(error):
+            return reason
+    return why_refused(error.__cause__ or error.__context__)

@@ -33,7 +33,6 @@ def train(config: Config) -> None:
         if start == 0 and job.texts.heldout:
             log.record(0, evaluate(job, 0))
         for step in range(start + 1, steps + 1):
-            log.step_begins()
             metrics, rollouts = train_step(job, step)
             if job.texts.heldout and due(step, config.evaluation.every, steps):
                 metrics |= evaluate(job, step)

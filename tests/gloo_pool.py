@@ -161,7 +161,6 @@ def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
     """What a worker has to find in its environment before it imports torch."""
     wanted = {
         "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

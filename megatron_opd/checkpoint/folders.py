@@ -1,40 +1,11 @@
 """How a new folder comes into being: written aside, then renamed, so that it is complete or not there."""
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_opd.errors import UserError
-
-_REFUSED = {
-    errno.ENOSPC: "no space left on device",
-    errno.EDQUOT: "disk quota exceeded",
-    errno.EACCES: "permission denied",
-    errno.EROFS: "read-only file system",
-    errno.ENOTDIR: "a parent of it is a file",
-}
-_REFUSED_IN_WORDS = {
-    "No space left on device": "no space left on device",
-    "Disk quota exceeded": "disk quota exceeded",
-    "unexpected pos": "a write was cut short, as on a full disk",  # torch's zip writer says nothing else
-}
-
-
-def why_refused(error: BaseException | None) -> str | None:
-    """Why the file system refused a write, None if that is not what went wrong.
-
-    Writers in other processes or other languages only leave the system's text in their message.
-    """
-    if error is None:
-        return None
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        return _REFUSED[error.errno]
-    for text, reason in _REFUSED_IN_WORDS.items():
-        if text in str(error):
-            return reason
-    return why_refused(error.__cause__ or error.__context__)
+from megatron_opd.errors import UserError, why_refused
 
 
 @contextmanager

@@ -24,9 +24,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opd.checkpoint.folders import why_refused
 from megatron_opd.checkpoint.weights import STATE, copy_model_files
-from megatron_opd.errors import UserError
+from megatron_opd.errors import UserError, why_refused
 
 _PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
 

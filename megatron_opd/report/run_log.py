@@ -1,12 +1,14 @@
 """What a run tells the user while it goes and when it ends: rank 0's bar, metrics, samples, curve and summary."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from megatron_opd.data.rollouts import Rollout, write_rollouts
+from megatron_opd.errors import UserError, why_refused
 from megatron_opd.report.metrics import MetricsWriter, read_metrics
 from megatron_opd.report.plot import plot_curve
 from megatron_opd.report.progress import TrainingProgress
@@ -19,6 +21,8 @@ class RunLog:
 
     `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it no
     longer counts: its metrics are set aside, its samples removed. `decode` turns token ids into text.
+
+    Every method raises UserError when the disk is full or cannot be written.
     """
 
     def __init__(
@@ -29,11 +33,12 @@ class RunLog:
         self._decode = decode
         if not enabled:
             return
-        self._metrics = MetricsWriter(run_dir, start or None)
         self._progress = TrainingProgress(steps, start)
-        for path in (run_dir / "rollouts").glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > start:
-                path.unlink()
+        with self._writing():
+            self._metrics = MetricsWriter(run_dir, start or None)
+            for path in (run_dir / "rollouts").glob("step_*.jsonl"):
+                if int(path.stem.removeprefix("step_")) > start:
+                    path.unlink()
 
     def __enter__(self) -> Self:
         if self.enabled:
@@ -45,27 +50,26 @@ class RunLog:
     ) -> None:
         if self.enabled:
             self._progress.__exit__(kind, error, trace)
-            self._metrics.close()
+            # Closing writes what a full disk has left in the buffers; an earlier error says more than that.
+            with self._writing() if error is None else suppress(OSError):
+                self._metrics.close()
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
         if self.enabled:
             self._progress.say(line)
 
-    def step_begins(self) -> None:
-        """Start the clock of a step."""
-        if self.enabled:
-            self._progress.step_begins()
-
     def record(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout] = ()) -> None:
         """Append a step's metrics and keep a sample of its rollouts; step 0 is the state before training."""
         if not self.enabled:
             return
-        self._metrics.log(step, values)
+        with self._writing():
+            self._metrics.log(step, values)
+            if step > 0:
+                samples = self.run_dir / "rollouts" / f"step_{step:08d}.jsonl"
+                write_rollouts(samples, rollouts[:SAMPLES], decode=self._decode)
         if step > 0:
             self._progress.update(step, values)
-            samples = self.run_dir / "rollouts" / f"step_{step:08d}.jsonl"
-            write_rollouts(samples, rollouts[:SAMPLES], decode=self._decode)
         if values.get("skipped"):
             self.say(f"step {step}: update skipped (gradient norm not finite, or no response tokens)")
         if "eval/reverse_kl" in values:
@@ -84,6 +88,8 @@ class RunLog:
         skipped = sum(row.get("skipped", 0) for row in rows)
         if skipped:
             self.say(f"skipped updates: {skipped}")
+        with self._writing():
+            curve = plot_curve(self.run_dir)
         width = shutil.get_terminal_size().columns
         outputs = {
             "checkpoint": checkpoint,
@@ -91,9 +97,22 @@ class RunLog:
             "metrics": self.run_dir / "metrics.jsonl",
             "TensorBoard": self.run_dir / "tensorboard",
             "samples": self.run_dir / "rollouts",
-            "curve": plot_curve(self.run_dir),
+            "curve": curve,
         }
         self.say("─" * min(width, 80))
         for name, path in outputs.items():
             if path is not None:
                 self.say(f"{name:>12}  {path}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk or a refused write becomes a UserError."""
+        try:
+            yield
+        except OSError as error:
+            reason = why_refused(error)
+            if reason is None:
+                raise
+            raise UserError(
+                f"cannot write to {self.run_dir}: {reason}; mend that and start the same command again to resume"
+            ) from error

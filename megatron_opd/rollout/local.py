@@ -67,9 +67,7 @@ class LocalEngine:
         self._model, self._arch, self._groups, self._max_batch = model, arch, groups, max_batch
 
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
         """`sampling.n` responses to each prompt of this replica, in prompt order, then sample order.
 
         Collective over the replica: all its ranks call it with the same arguments and return the same list.

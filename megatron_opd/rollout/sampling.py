@@ -56,8 +56,8 @@ def sample_tokens(
 
     `uniform_B` float64 in [0, 1). The log-prob is the token's under softmax(logits / temperature) before any cut, as
     `Rollout.logprobs`; at temperature 0 under softmax(logits). Ids of `vocab_size` and more are never drawn and have
-    no share in the softmax. Without a cut nothing is sorted. When a row has NaN or infinite logits nothing is drawn: every
-    id is `NOT_DRAWN` and every log-prob NaN.
+    no share in the softmax. Without a cut nothing is sorted. When a row has NaN or infinite logits nothing is drawn:
+    every id is `NOT_DRAWN` and every log-prob NaN.
     """
     logits_BV = logits_BV[:, :vocab_size].float()
     if sampling.temperature not in (0.0, 1.0):

@@ -1,6 +1,6 @@
 """Time and memory of our reverse KL against plain autograd over torch's log_softmax, side by side in one run.
 
-    python tools/bench/kl.py [--tokens 512] [--vocab 49152] [--threads 2] [--repeats 7]
+    python -m tools.bench.kl [--tokens 512] [--vocab 49152] [--threads 2] [--repeats 7]
 
 Both get the same float32 or bfloat16 logits and produce the loss of each token and the gradient of the
 student's logits. The plain version computes in float32. Times are medians of alternating runs; extra memory

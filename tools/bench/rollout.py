@@ -1,6 +1,6 @@
 """Rollout speed of `LocalEngine` against transformers' `generate`: same weights, prompts and machine, in one run.
 
-    python tools/bench/rollout.py [--model FOLDER] [--precision fp32 bf16] [--threads 2] [--repeats 5]
+    python -m tools.bench.rollout [--model FOLDER] [--precision fp32 bf16] [--threads 2] [--repeats 5]
 
 One process; without `--model` a Llama with random weights in the shape of SmolLM2-135M with 24 layers. Both sample at
 temperature 1 from the whole vocabulary and never stop early. The runs alternate and the fastest of each counts, so

@@ -1,0 +1,113 @@
+"""The run log on a disk that is full or cannot be written: one line that says so, no traceback."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_opd.data.rollouts import Rollout
+from megatron_opd.errors import UserError
+from megatron_opd.report.run_log import RunLog
+
+ROW = {"loss": 1.0, "reverse_kl": 0.5}
+ROLLOUT = Rollout("0@0", 0, [1], [2], [-0.5], "length", 0)
+FULL = Path("/dev/full")  # every write to it finds no space
+
+
+def open_log(run_dir: Path, *, enabled: bool = True) -> RunLog:
+    return RunLog(run_dir, start=0, steps=2, enabled=enabled, decode=str)
+
+
+def refused(run_dir: Path, reason: str) -> str:
+    return re.escape(
+        f"cannot write to {run_dir}: {reason}; mend that and start the same command again to resume"
+    )
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill(path: Path) -> None:
+    """Let the disk be full for this file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(FULL)
+
+
+def test_a_sound_disk_takes_everything(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.record(1, ROW, [ROLLOUT])
+        log.summarise(checkpoint=tmp_path / "latest", export=None)
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert {"metrics.jsonl", "rollouts/step_00000001.jsonl", "curve.png"} <= written
+
+
+def test_a_full_disk_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.setattr("megatron_opd.report.metrics.os.fsync", no_space)
+    with pytest.raises(UserError, match=refused(tmp_path, "no space left on device")):
+        open_log(tmp_path)
+
+
+def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=refused(tmp_path / "file" / "run", "a parent of it is a file")):
+        open_log(tmp_path / "file" / "run")
+
+
+def test_a_disk_that_fills_up_under_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_opd.report.metrics._cut_back", lambda *_: None)
+    fill(tmp_path / "metrics.jsonl")
+    with (
+        pytest.raises(UserError, match=refused(tmp_path, "no space left on device")),
+        open_log(tmp_path) as log,
+    ):
+        log.record(1, ROW, [ROLLOUT])  # leaving closes the file, which finds the disk full once more
+
+
+def test_a_disk_that_fills_up_under_the_samples(tmp_path: Path) -> None:
+    fill(tmp_path / "rollouts" / "step_00000001.jsonl.tmp")
+    with (
+        pytest.raises(UserError, match=refused(tmp_path, "no space left on device")),
+        open_log(tmp_path) as log,
+    ):
+        log.record(1, ROW, [ROLLOUT])
+
+
+def test_a_disk_that_fills_up_under_the_curve(tmp_path: Path) -> None:
+    fill(tmp_path / "curve.png.tmp")
+    with open_log(tmp_path) as log:
+        log.record(1, ROW, [ROLLOUT])
+        with pytest.raises(UserError, match=refused(tmp_path, "no space left on device")):
+            log.summarise(checkpoint=tmp_path / "latest", export=None)
+
+
+def test_a_disk_that_is_full_when_the_files_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_opd.report.run_log.MetricsWriter.close", no_space)
+    with pytest.raises(UserError, match=refused(tmp_path, "no space left on device")), open_log(tmp_path):
+        pass
+    with pytest.raises(ZeroDivisionError), open_log(tmp_path):  # an earlier error stays the one that is told
+        _ = 1 / 0
+
+
+def test_another_error_of_the_system_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with open_log(tmp_path) as log:
+        monkeypatch.setattr("megatron_opd.report.metrics.os.fsync", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            log.record(1, ROW, [ROLLOUT])
+
+
+def test_a_rank_that_does_not_write_does_not_mind(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with open_log(tmp_path / "file" / "run", enabled=False) as log:
+        log.record(1, ROW, [ROLLOUT])
+        log.summarise(checkpoint=tmp_path / "latest", export=None)
