@@ -7,6 +7,7 @@ Prompts: real questions. Everything that is already there is used again, so a se
 first one stopped.
 """
 
+import json
 import subprocess
 import sys
 import time
@@ -106,9 +107,14 @@ def heldout_reverse_kl(config: Config) -> dict[int, float]:
 
 
 def finished(config: Config) -> bool:
-    """Whether the run reached its last step and exported its student."""
-    steps = {row["step"] for row in read_metrics(config.run_dir)}
-    return config.training.steps in steps and (config.run_dir / "hf" / "config.json").is_file()
+    """Whether a run with these very settings reached its last step and exported its student after it."""
+    saved, exported = config.run_dir / "config.yaml", config.run_dir / "hf" / "config.json"
+    checkpoint = config.run_dir / "checkpoints" / "latest" / "run.json"
+    if not all(path.is_file() for path in (saved, exported, checkpoint)):
+        return False
+    last_step = json.loads(checkpoint.read_text())["step"]
+    newer = exported.stat().st_mtime >= checkpoint.stat().st_mtime
+    return last_step == config.training.steps and newer and load_config(saved, []) == config
 
 
 def summarise(config: Config, console: Console) -> None:

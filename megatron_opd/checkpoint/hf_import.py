@@ -99,8 +99,8 @@ class HfReader:
     def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: set[str]) -> None:
         """Compare names and shapes with what the architecture needs; reads headers only.
 
-        Raises UserError for the first missing, misshapen, quantized or unexpected tensor; `optional` ones may be
-        there.
+        Raises UserError for the first missing, misshapen, quantized or unexpected tensor; `optional` ones may
+        be there.
         """
         for name, shape in expected.items():
             if name not in self._file_of:

@@ -2,12 +2,13 @@
 
 import io
 import json
+import os
 import subprocess
 
 import pytest
 from rich.console import Console
 
-from megatron_opd.config.load import load_config
+from megatron_opd.config.load import load_config, save_resolved
 from megatron_opd.errors import UserError
 from tests.data.tiny_tokenizer import save_tokenizer
 from tests.tiny import save_tiny_model
@@ -46,6 +47,10 @@ def write_run(config, rows, *, exported):
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if exported:
+        save_resolved(config, config.run_dir)
+        checkpoint = config.run_dir / "checkpoints" / "latest"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "run.json").write_text(json.dumps({"step": config.training.steps}))
         save_tiny_model(config.run_dir / "hf", family="llama", layers=2)
         save_tokenizer(config.run_dir / "hf")
 
@@ -79,16 +84,18 @@ def test_an_interrupted_step_is_done_again(calls, monkeypatch):
     assert calls.count("teacher") == 1
 
 
-def test_a_run_is_finished_when_it_is_evaluated_at_its_last_step_and_exported(calls):
+def test_a_run_is_finished_when_its_last_step_is_saved_and_then_exported(calls):
     config = load_config(quickstart.CONFIG, [])
     assert not quickstart.finished(config)
     write_run(config, [{"step": 0, "eval/reverse_kl": 2.0}], exported=True)
-    assert not quickstart.finished(config)
-    rows = [{"step": 0, "eval/reverse_kl": 2.0}, {"step": config.training.steps, "eval/reverse_kl": 0.5}]
-    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert quickstart.finished(config)
-    (config.run_dir / "hf" / "config.json").unlink()
+    assert not quickstart.finished(load_config(quickstart.CONFIG, ["optimizer.lr=1e-6"])), "other settings"
+    checkpoint = config.run_dir / "checkpoints" / "latest" / "run.json"
+    checkpoint.write_text(json.dumps({"step": 3}))
     assert not quickstart.finished(config)
+    checkpoint.write_text(json.dumps({"step": config.training.steps}))
+    os.utime(config.run_dir / "hf" / "config.json", (0, 0))
+    assert not quickstart.finished(config), "the export is older than the checkpoint"
 
 
 def test_a_finished_run_is_not_trained_again_but_summarised(calls, monkeypatch, capsys):
@@ -99,7 +106,7 @@ def test_a_finished_run_is_not_trained_again_but_summarised(calls, monkeypatch, 
     assert quickstart.main([]) == 0
     shown = capsys.readouterr().out
     assert "finished already; to start afresh: rm -r runs/quickstart" in shown
-    assert "2.00 before, 0.50 after 40 steps" in shown
+    assert f"2.00 before, 0.50 after {config.training.steps} steps" in shown
     assert all(who in shown for who in ("student before", "student after", "teacher"))
     for where in ("checkpoints/latest", "hf", "metrics.jsonl", "curve.png", "tensorboard"):
         assert f"runs/quickstart/{where}" in shown
