@@ -44,6 +44,7 @@ def train(config: Config) -> None:
             architecture, source = job.architecture, config.student.path
             save_hf(job.student.gpt, architecture, job.groups, source, export, replace=True)
         log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
+    dist.destroy_process_group()
 
 
 def due(step: int, every: int, steps: int) -> bool:

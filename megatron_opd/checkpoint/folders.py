@@ -1,11 +1,15 @@
 """How a new folder comes into being: written aside, then renamed, so that it is complete or not there."""
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_opd.errors import UserError, why_refused
+
+# What megatron-core's writer logs as an error also reaches us as an exception, and the user as one line.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 
 @contextmanager

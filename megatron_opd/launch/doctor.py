@@ -24,7 +24,7 @@ _REQUIRED = ("transformers", "safetensors", "datasets", "tensorboard", "matplotl
 _OPTIONAL = {  # distribution -> what it is good for
     "transformer-engine": "fused Adam on NVIDIA GPUs; its layers are not used yet",
     "apex": "fused optimizer on NVIDIA GPUs",
-    "sglang": "rollouts and teachers on inference servers",
+    "sglang": "not used yet",
 }
 
 
