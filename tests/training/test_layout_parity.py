@@ -9,7 +9,7 @@ from megatron_opd.parallel.groups import ParallelLayout
 from tests.training.tiny_run import TOTAL_STEPS, assert_close, build_run, save_pair
 
 ONE = ParallelLayout()
-LAYOUTS = [
+PAIRWISE = [
     ParallelLayout(tensor=2, pipeline=2),
     ParallelLayout(data=2),
     ParallelLayout(tensor=2, sequence_parallel=True),
@@ -17,6 +17,14 @@ LAYOUTS = [
     ParallelLayout(tensor=2, sequence_parallel=True, data=2),
     ParallelLayout(pipeline=4),
 ]
+REST = [  # of all layouts on up to 4 ranks
+    ParallelLayout(tensor=2),
+    ParallelLayout(pipeline=2),
+    ParallelLayout(data=4),
+    ParallelLayout(tensor=2, data=2),
+    ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True),
+]
+LAYOUTS = [*PAIRWISE, *(pytest.param(layout, marks=pytest.mark.full) for layout in REST)]
 
 
 @pytest.fixture(scope="module")
