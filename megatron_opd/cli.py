@@ -45,10 +45,12 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """
     from megatron_opd.config.checks import processes_needed
     from megatron_opd.config.load import load_config
+    from megatron_opd.preflight import check_before_start
 
     loaded = load_config(config, overrides or [])
     needed = processes_needed(loaded.parallel)
     if needed > 1 and "RANK" not in os.environ:
+        check_before_start(loaded, needed)
         raise UserError(
             f"parallel: this layout needs {needed} processes and this is one: "
             "use `megatron-opd launch local` instead"
@@ -124,6 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         report_user_error(error)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == 130 and "RANK" not in os.environ:  # Ctrl-C, as typer tells it
+            print(
+                "interrupted: a training goes on from its last checkpoint when started again", file=sys.stderr
+            )
+        raise
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The checks of a run that need no process group: made before processes start, and again by each of them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,10 @@ def check_before_start(config: Config, world_size: int) -> Checked:
 
     Raises UserError for a missing or unsupported model, a layout that does not fit, or a missing prompt file.
     """
-    student, teacher = read_architecture(config.student.path), read_architecture(config.teacher.path)
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise UserError(f"run_dir: {config.run_dir} is a file, not a folder")
+    student = _architecture("student.path", config.student.path)
+    teacher = _architecture("teacher.path", config.teacher.path)
     parallel = check_layout(config, student, teacher, world_size)
     for key, path in (
         ("data.prompts", config.data.prompts),
@@ -33,6 +37,13 @@ def check_before_start(config: Config, world_size: int) -> Checked:
         if path is not None and not path.exists():
             raise UserError(f"{key}: {path} does not exist")
     return Checked(student, teacher, parallel)
+
+
+def _architecture(key: str, folder: Path) -> Architecture:
+    try:
+        return read_architecture(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def check_devices(processes: int) -> None:

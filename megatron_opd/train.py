@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_opd.checkpoint.hf_export import save_hf
-from megatron_opd.config.load import save_resolved
+from megatron_opd.config.load import changed_keys, load_config, save_resolved
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
@@ -24,11 +24,12 @@ def train(config: Config) -> None:
     job = set_up(config)
     start, steps = resume(job), config.training.steps
     rank_0 = dist.get_rank() == 0
+    changes = changes_since(config) if start else []
     if rank_0:
         save_resolved(config, config.run_dir)
     decode = job.texts.tokenizer.decode
     with RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log:
-        for line in job.notes(start):
+        for line in [*job.notes(start), *(f"changed from step {start} on: {change}" for change in changes)]:
             log.say(line)
         if start == 0 and job.texts.heldout:
             log.record(0, evaluate(job, 0))
@@ -94,6 +95,12 @@ def evaluate(job: Job, step: int) -> dict[str, float]:
         "eval/response_tokens": scale.loss_tokens / len(rollouts),
         "eval/seconds": time.perf_counter() - began,
     }
+
+
+def changes_since(config: Config) -> list[str]:
+    """What differs from the configuration that the run directory was last used with."""
+    saved = config.run_dir / "config.yaml"
+    return changed_keys(load_config(saved, []), config) if saved.is_file() else []
 
 
 def save(job: Job, step: int) -> None:

@@ -1,5 +1,6 @@
 """Whole runs through the command line, as a user starts them: training, resuming after a kill, and mistakes."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -168,6 +169,44 @@ def other_tokenizer(inputs: Path, folder: Path) -> dict[str, Any]:
     save_tiny_model(folder / "other")
     save_tokenizer(folder / "other", words=(*WORDS[:-1], "verbose"))
     return {"teacher__path": str(folder / "other")}
+
+
+def test_a_run_directory_in_use_is_refused(inputs, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    config = write_config(inputs, run_dir)
+    run_dir.mkdir()
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(config)])
+    assert ended.value.code == 2
+    assert "is in use by another process" in capfd.readouterr().err
+
+
+def test_what_changed_since_the_last_start_is_said(inputs, tmp_path):
+    run_dir = tmp_path / "run"
+    assert run("train", write_config(inputs, run_dir)).returncode == 0
+    again = run("train", write_config(inputs, run_dir, training__steps=7), "optimizer.lr=1e-4")
+    assert again.returncode == 0, again.stderr
+    assert "changed from step 6 on: optimizer.lr: 0.003 -> 0.0001" in again.stdout
+    assert metrics(run_dir)[-1]["lr"] == 1e-4
+    finished = run("train", write_config(inputs, run_dir, training__steps=7), "optimizer.lr=1e-4")
+    assert "finished already (7 steps; raise training.steps to go on)" in finished.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(inputs, tmp_path):
+    run_dir = tmp_path / "run"
+    config = write_config(inputs, run_dir, training__steps=5000)
+    process = subprocess.Popen(command("train", config), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert (
+        "interrupted: a training goes on from its last checkpoint" in message and "Traceback" not in message
+    )
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {

@@ -60,6 +60,9 @@ def main(overrides: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from where it was", file=sys.stderr)
+        return 130
     return 0
 
 

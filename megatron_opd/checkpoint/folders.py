@@ -1,6 +1,8 @@
 """How a new folder comes into being: written aside, then renamed, so that it is complete or not there."""
 
+import fcntl
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,21 @@ from megatron_opd.errors import UserError, why_refused
 
 # What megatron-core's writer logs as an error also reaches us as an exception, and the user as one line.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
+
+
+def hold(folder: Path) -> None:
+    """Keep a folder to this process until it ends. Raises UserError when another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(
+        folder / ".lock", os.O_CREAT | os.O_RDWR
+    )  # stays open, and so locked, as long as the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(
+            f"{folder} is in use by another process: wait for it, or give another run_dir"
+        ) from None
 
 
 @contextmanager

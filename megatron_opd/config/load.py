@@ -117,6 +117,19 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key in which two configurations differ."""
+
+    def flat(tree: Tree, prefix: str = "") -> Tree:
+        leaves: Tree = {}
+        for key, value in tree.items():
+            leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return leaves
+
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    return [f"{key}: {before[key]} -> {value}" for key, value in after.items() if before[key] != value]
+
+
 def _defaults(model: type[BaseModel]) -> Tree:
     """The default of every key below `model` that has one; sections are there even when empty."""
     inner = dict(sections(model))

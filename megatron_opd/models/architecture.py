@@ -43,7 +43,7 @@ class Architecture:
 def read_config_json(folder: Path) -> dict:
     """The `config.json` of a model folder. Raises UserError when the folder or the file is missing or broken."""
     if not folder.is_dir():
-        raise UserError(f"model folder not found: {folder}")
+        raise UserError(f"model folder not found: {folder} (models are read from folders, not from a hub)")
     path = folder / "config.json"
     try:
         return json.loads(path.read_text())

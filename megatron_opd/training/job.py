@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import PreTrainedTokenizerBase
 
+from megatron_opd.checkpoint.folders import hold
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.config.schema import Config
@@ -68,7 +69,10 @@ class Job:
 
     def notes(self, start: int) -> list[str]:
         """What the user should know before the first step, a line each."""
+        steps = self.config.training.steps
         begin = f"resuming at step {start}" if start else "starting"
+        if start == steps:
+            begin = f"finished already ({steps} steps; raise training.steps to go on)"
         device = (
             f"{self.device.type}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         )
@@ -133,6 +137,8 @@ def set_up(config: Config) -> Job:
     layout = ParallelLayout(
         parallel.tensor, parallel.pipeline, parallel.context, parallel.data, parallel.sequence_parallel
     )
+    if os.environ.get("RANK", "0") == "0":
+        hold(config.run_dir)
     cpu.install()
     device = init_distributed()
     groups = build_groups(layout)
