@@ -11,7 +11,7 @@ import argparse
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 from tools.quickstart import CONFIG, STUDENT_HF, TEACHER_HF
 
 PHASES = ("rollout_seconds", "teacher_seconds", "train_seconds")
-Step = Callable[[], dict[str, float]]
 
 
 class PlainLoop:
