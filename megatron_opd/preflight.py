@@ -2,13 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from megatron_opd.config.checks import check_layout
-from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.schema import Config, ParallelConfig, Section
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, read_architecture
+from megatron_opd.objectives.gates import Gate
+from megatron_opd.objectives.objective import Objective
+from megatron_opd.objectives.policy_gradient import PolicyGradient
+from megatron_opd.objectives.shaping import Shaping
+from megatron_opd.objectives.token_weights import TokenWeight
+
+Settings = TypeVar("Settings", Gate, PolicyGradient, Shaping, TokenWeight)
 
 
 @dataclass(frozen=True)
@@ -17,26 +25,71 @@ class Checked:
 
     student: Architecture
     teacher: Architecture
+    reference: Architecture | None
     parallel: ParallelConfig
+    objective: Objective
+
+    @property
+    def architectures(self) -> list[Architecture]:
+        """Of all models of the run."""
+        return [arch for arch in (self.student, self.teacher, self.reference) if arch is not None]
 
 
 def check_before_start(config: Config, world_size: int) -> Checked:
     """Checks that `config` can run on `world_size` processes.
 
-    Raises UserError for a missing or unsupported model, a layout that does not fit, or a missing prompt file.
+    Raises UserError for a missing or unsupported model, an objective whose settings do not go together, a
+    layout that does not fit, or a missing prompt file.
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"run_dir: {config.run_dir} is a file, not a folder")
+    objective = build_objective(config)
     student = _architecture("student.path", config.student.path)
     teacher = _architecture("teacher.path", config.teacher.path)
-    parallel = check_layout(config, student, teacher, world_size)
+    reference = _architecture("reference.path", config.reference.path) if config.reference else None
+    parallel = check_layout(config, student, teacher, world_size, reference)
     for key, path in (
         ("data.prompts", config.data.prompts),
         ("evaluation.prompts", config.evaluation.prompts),
     ):
         if path is not None and not path.exists():
             raise UserError(f"{key}: {path} does not exist")
-    return Checked(student, teacher, parallel)
+    return Checked(student, teacher, reference, parallel, objective)
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective that `config.objective` describes, at the temperature of the rollouts.
+
+    Raises UserError naming the key for settings that do not go together.
+    """
+    section = config.objective
+    gate = _settings(Gate, "gate", section.gate)
+    policy = _settings(PolicyGradient, "policy", section.policy)
+    shaping = _settings(Shaping, "shaping", section.shaping)
+    token_weight = _settings(TokenWeight, "token_weight", section.token_weight)
+    try:
+        return Objective(
+            divergence=section.divergence,
+            beta=section.beta,
+            support=section.support,
+            k=section.k,
+            remainder=section.remainder,
+            gate=gate,
+            policy=policy,
+            shaping=shaping,
+            token_weight=token_weight,
+            temperature=config.rollout.temperature,
+        )
+    except ValueError as error:
+        raise UserError(f"objective.{error}") from None
+
+
+def _settings(kind: type[Settings], key: str, section: Section) -> Settings:
+    """The settings of a part of the objective; their ValueErrors begin with the field."""
+    try:
+        return kind(**section.model_dump())
+    except ValueError as error:
+        raise UserError(f"objective.{key}.{error}") from None
 
 
 def _architecture(key: str, folder: Path) -> Architecture:

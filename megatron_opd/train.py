@@ -15,6 +15,7 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.training.job import Job, set_up
+from megatron_opd.training.update import means_over_tokens
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
 
@@ -54,27 +55,27 @@ def due(step: int, every: int, steps: int) -> bool:
 
 
 def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
-    """One update: draw rollouts, let the teacher score them, apply the gradients. Returns its metrics and rollouts."""
+    """Draw rollouts, let the models score them, apply the updates. Returns the step's metrics and rollouts."""
     began = time.perf_counter()
-    settings = job.config.rollout
+    settings, training = job.config.rollout, job.config.training
     prompts = job.prompts.take(settings.prompts_per_step)
     rollouts = job.draw(prompts, step=step - 1, seed=job.config.seed, samples=settings.samples_per_prompt)
-    microbatches, scale = job.pack(rollouts)
     drawn = time.perf_counter()
-    payloads = job.teacher.score(microbatches)
+    updates = job.score(rollouts, updates=training.updates_per_rollout, mask=job.texts.mask)
     scored = time.perf_counter()
-    job.student.zero_grad()
-    sums = job.objective.run(job.student.ddp, microbatches, payloads, scale)
-    grad_norm, applied = job.student.apply_gradients()
+    job.student.start_step()
+    progress = (step - 1) / max(1, training.steps - 1)
+    outcomes = [job.apply(update, progress) for update in updates]
     trained = time.perf_counter()
+    tokens = sum(update.scale.loss_tokens for update in updates)
     return {
-        **scale.means(sums),
-        "tokens": scale.loss_tokens,
-        "response_tokens": scale.loss_tokens / len(rollouts),
+        **means_over_tokens(outcomes, tokens),
+        "tokens": tokens,
+        "response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
         "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-        "grad_norm": grad_norm,
+        "grad_norm": sum(outcome.grad_norm for outcome in outcomes) / len(outcomes),
         "lr": job.student.learning_rate,
-        "skipped": int(not applied),
+        "skipped": sum(not outcome.applied for outcome in outcomes),
         "rollout_seconds": drawn - began,
         "teacher_seconds": scored - drawn,
         "train_seconds": trained - scored,
@@ -87,12 +88,11 @@ def evaluate(job: Job, step: int) -> dict[str, float]:
     began = time.perf_counter()
     seed = job.config.seed + HELDOUT_SEED_OFFSET
     rollouts = job.draw(job.texts.heldout, step=step, seed=seed, samples=1)
-    microbatches, scale = job.pack(rollouts)
-    payloads = job.teacher.score(microbatches)
-    means = scale.means(job.objective.run(job.student.ddp, microbatches, payloads, scale, forward_only=True))
+    (heldout,) = job.score(rollouts)
+    sums = job.evaluation.run(job.student.ddp, heldout, forward_only=True)
     return {
-        "eval/reverse_kl": means["reverse_kl"],
-        "eval/response_tokens": scale.loss_tokens / len(rollouts),
+        "eval/reverse_kl": sums["reverse_kl"] / heldout.scale.loss_tokens,
+        "eval/response_tokens": heldout.scale.loss_tokens / len(rollouts),
         "eval/seconds": time.perf_counter() - began,
     }
 

@@ -10,6 +10,10 @@ import torch
 
 from tests.gloo_pool import GlooPools
 
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when Triton is first imported: before any test module
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

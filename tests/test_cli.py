@@ -147,6 +147,16 @@ def test_a_mistake_in_the_configuration_is_one_line(run: Run, config_file: Path,
         (["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide the 4 layers"),
         (["parallel.data=2", "--nproc", "3"], "but 3 processes run"),
         (["rollout.max_new_tokens=500"], "the student has 512 positions"),
+        (
+            ["objective.preset=lsm", "objective.k=1"],
+            "objective.k: 1 with remainder renormalize has zero loss",
+        ),
+        (["objective.beta=0.3"], "objective.beta: 0.3 is read with divergence jsd only"),
+        (
+            ["objective.preset=exopd"],
+            "reference: objective.shaping.reference_weight = 1.25 needs a reference",
+        ),
+        (["objective.preset=exopd", "reference.path=/nowhere"], "reference.path: "),
     ],
 )
 def test_launch_checks_before_it_starts_processes(

@@ -1,12 +1,110 @@
-"""Checks before the start that depend on the machine."""
+"""Checks before the start: the objective of a configuration, the models it names, the machine."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import yaml
 
+from megatron_opd.config.load import load_config
+from megatron_opd.config.presets import PRESETS
+from megatron_opd.config.schema import Config, Section
 from megatron_opd.errors import UserError
-from megatron_opd.preflight import check_devices
+from megatron_opd.objectives import Objective
+from megatron_opd.preflight import build_objective, check_before_start, check_devices
+from tests.tiny import save_tiny_model
+
+MINIMAL = {
+    "run_dir": "r",
+    "student": {"path": "s"},
+    "teacher": {"path": "t"},
+    "data": {"prompts": "p", "max_prompt_tokens": 32},
+    "rollout": {"max_new_tokens": 32},
+}
+
+
+def config(objective: dict[str, Any]) -> Config:
+    return Config.model_validate({**MINIMAL, "objective": objective})
+
+
+def test_the_schema_and_the_objective_have_the_same_keys_and_defaults() -> None:
+    assert build_objective(config({})) == Objective()
+    section = config({}).objective
+    outside = {"preset", "mask", "check", "head_chunk"}
+    ours = {field.name for field in fields(Objective)} - {"temperature"}
+    assert ours == set(type(section).model_fields) - outside
+    for name in ours:
+        part = getattr(section, name)
+        if isinstance(part, Section):
+            assert part.model_dump() == vars(getattr(Objective(), name))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_an_objective(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "objective": {"preset": name}}))
+    objective = build_objective(load_config(path, ["rollout.temperature=0.7"]))
+    assert objective.temperature == 0.7
+    for key, value in PRESETS[name].items():
+        part = getattr(objective, key)
+        assert part == value if not isinstance(value, dict) else vars(part) | value == vars(part)
+
+
+def test_presets_that_the_paper_tells_apart_differ(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    built = {build_objective(load_config(path, [f"objective.preset={name}"])) for name in PRESETS}
+    assert len(built) == len(PRESETS) == 11
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"k": 64}, r"objective\.k: 64 is read with a top-K support only: leave it at 32"),
+        ({"gate": {"kind": "aopd"}}, r"objective\.gate\.kind: aopd needs divergence policy_gradient"),
+        (
+            {"policy": {"discount": 1.0}},
+            r"objective\.policy\.discount: 1 is read with divergence policy_gradient",
+        ),
+        (
+            {"divergence": "policy_gradient", "shaping": {"power": 5.0, "reference_weight": 1.25}},
+            r"objective\.shaping\.power does not combine with a reference_weight",
+        ),
+    ],
+)
+def test_mistakes_name_the_key(objective: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_objective(config(objective))
+    assert re.match(expected, str(caught.value)), str(caught.value)
+
+
+def test_what_a_check_finds_out(tmp_path: Path) -> None:
+    for name in ("s", "t", "base"):
+        save_tiny_model(tmp_path / name, layers=2 if name == "base" else 4)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    tree: dict[str, Any] = {
+        **MINIMAL,
+        "run_dir": str(tmp_path / "run"),
+        "student": {"path": str(tmp_path / "s")},
+        "teacher": {"path": str(tmp_path / "t")},
+        "data": {"prompts": str(tmp_path / "p.jsonl"), "max_prompt_tokens": 32},
+    }
+    plain = check_before_start(Config.model_validate(tree), 1)
+    assert plain.reference is None and plain.objective == Objective() and plain.parallel.data == 1
+    exopd = {"divergence": "policy_gradient", "shaping": {"reference_weight": 1.25}}
+    tree |= {"objective": exopd, "reference": {"path": str(tmp_path / "base")}}
+    checked = check_before_start(Config.model_validate(tree), 1)
+    assert checked.reference is not None and checked.reference.num_layers == 2
+    assert checked.objective.shaping.reference_weight == 1.25
+    with pytest.raises(UserError, match=r"2 layers of the reference: use one of 1, 2$"):
+        check_before_start(Config.model_validate({**tree, "parallel": {"pipeline": 4}}), 4)
+    with pytest.raises(UserError, match=r"^reference\.path: "):
+        check_before_start(Config.model_validate({**tree, "reference": {"path": str(tmp_path / "no")}}), 1)
 
 
 @pytest.mark.parametrize(("gpus", "processes", "fits"), [(0, 4, True), (4, 4, True), (4, 5, False)])

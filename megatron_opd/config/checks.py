@@ -68,10 +68,23 @@ def check_fields(config: Config) -> None:
         raise UserError(
             "evaluation.every: there is nothing to evaluate on: give evaluation.prompts, or set it to 0"
         )
+    batch = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    if training.updates_per_rollout > batch:
+        raise UserError(
+            f"training.updates_per_rollout: {training.updates_per_rollout} updates need a rollout each, but a "
+            f"step has {batch} (rollout.prompts_per_step * rollout.samples_per_prompt): lower it"
+        )
     _check_microbatch(config)
+    _check_objective(config)
 
 
-def check_layout(config: Config, student: ModelSizes, teacher: ModelSizes, world_size: int) -> ParallelConfig:
+def check_layout(
+    config: Config,
+    student: ModelSizes,
+    teacher: ModelSizes,
+    world_size: int,
+    reference: ModelSizes | None = None,
+) -> ParallelConfig:
     """Conditions between `config`, the models and the number of processes, `check_fields` included.
 
     Returns the layout with `data` filled in.
@@ -85,11 +98,31 @@ def check_layout(config: Config, student: ModelSizes, teacher: ModelSizes, world
             f"rollout.prompts_per_step: {rollout.prompts_per_step} prompts of {rollout.samples_per_prompt} "
             f"samples do not divide by {data} data-parallel replicas: make their product a multiple of {data}"
         )
-    models = {"student": student, "teacher": teacher}
+    models = {"student": student, "teacher": teacher} | ({"reference": reference} if reference else {})
     _check_divisible(config.parallel, models)
     for role, model in models.items():
         _check_rollout(config, role, model)
     return config.parallel.model_copy(update={"data": data})
+
+
+def _check_objective(config: Config) -> None:
+    """What the objective needs from outside its section, and the keys of it that only data and checks read."""
+    weight, mask = config.objective.shaping.reference_weight, config.objective.mask
+    if weight != 1.0 and config.reference is None:
+        raise UserError(
+            f"reference: objective.shaping.reference_weight = {weight:g} needs a reference model: give "
+            "reference.path, or set objective.shaping.reference_weight to 1"
+        )
+    if weight == 1.0 and config.reference is not None:
+        raise UserError(
+            "reference: nothing reads this model while objective.shaping.reference_weight is 1: set that, or "
+            "remove reference"
+        )
+    if mask.occurrences != "first" and not mask.tokens:
+        raise UserError(
+            f"objective.mask.occurrences: {mask.occurrences} is read with objective.mask.tokens only: give some, "
+            "or leave it at first"
+        )
 
 
 def _check_microbatch(config: Config) -> None:

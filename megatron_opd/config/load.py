@@ -127,15 +127,20 @@ def changed_keys(old: Config, new: Config) -> list[str]:
         return leaves
 
     before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
-    return [f"{key}: {before[key]} -> {value}" for key, value in after.items() if before[key] != value]
+    # A section that is null in one of them has no keys there, and no line of its own in the other.
+    keys = [key for key in (after | before) if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 
 
 def _defaults(model: type[BaseModel]) -> Tree:
-    """The default of every key below `model` that has one; sections are there even when empty."""
+    """The default of every key below `model` that has one; sections that may not be null are there even when
+    empty."""
     inner = dict(sections(model))
-    tree: Tree = {name: _defaults(section) for name, section in inner.items() if "." not in name}
+    tree: Tree = {}
     for name, field in model.model_fields.items():
-        if name not in inner and not field.is_required():
+        if name in inner and (field.is_required() or field.default is not None):
+            tree[name] = _defaults(inner[name])
+        elif not field.is_required():
             tree[name] = field.default
     return tree
 
@@ -184,6 +189,8 @@ def _escaped(value: Any) -> Any:
     """`value` with every literal `${` in its strings written so that reading it back gives it unchanged."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value

@@ -20,6 +20,7 @@ _EXPECTED = {  # pydantic's error type -> what the key takes
     "bool_parsing": "true or false",
     "string_type": "text",
     "path_type": "a path",
+    "list_type": "a list",
     "none_required": "null",
 }
 _RANGES = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -9,11 +10,17 @@ from megatron_opd.config.schema import Config
 
 
 def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Dotted name and model of every section below `model`, outer ones first."""
+    """Dotted name and model of every section below `model`, outer ones first, those that may be null included."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield prefix + name, field.annotation
-            yield from sections(field.annotation, f"{prefix}{name}.")
+        for section in _section_of(field.annotation):
+            yield prefix + name, section
+            yield from sections(section, f"{prefix}{name}.")
+
+
+def _section_of(annotation: Any) -> list[type[BaseModel]]:
+    """The model behind `Section` or `Section | None`; nothing for a key that is not a section."""
+    choices = (annotation, *get_args(annotation))
+    return [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
 
 
 def all_keys() -> list[str]:

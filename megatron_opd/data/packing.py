@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 
@@ -27,7 +28,7 @@ class Microbatch:
     tokens_T: Tensor  # int64
     position_ids_T: Tensor  # int64, restart at 0 in every segment
     targets_T: Tensor  # int64: the token that position t predicts; 0 where mask_T is False
-    mask_T: Tensor  # bool: position predicts a response token (the loss positions)
+    mask_T: Tensor  # bool: position predicts a response token that enters the loss
     rollout_logprobs_T: Tensor  # float32: the engine's log-prob of targets_T (nats); 0 where mask_T is False
     cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, last == T; all divide by the alignment
 
@@ -42,6 +43,7 @@ def pack(
     dp_size: int,
     token_budget: int,
     alignment: int = 1,
+    loss_mask: LossMask | None = None,
 ) -> list[list[Microbatch]]:
     """Deal the rollouts to the data-parallel ranks and pack each rank's share into microbatches.
 
@@ -50,7 +52,8 @@ def pack(
     one. Deterministic: the same rollouts in the same order give the same microbatches.
 
     Every segment is padded with zeros to a multiple of `alignment`, and no microbatch exceeds `token_budget`
-    tokens. Rollouts with an empty response have no loss position and are left out.
+    tokens. `loss_mask` says which response tokens are loss positions (None: all); the others stay inputs.
+    Rollouts without a loss position are left out.
 
     Raises UserError naming `training.microbatch_tokens` when the budget is less than one rollout or than the
     alignment.
@@ -60,8 +63,9 @@ def pack(
             f"training.microbatch_tokens = {token_budget} is too small for this parallel layout; set it to "
             f"{alignment} or more"
         )
-    kept = [rollout for rollout in rollouts if rollout.response_ids]
-    lengths = [_padded_length(rollout, alignment) for rollout in kept]
+    masked = [(rollout, (loss_mask or LossMask()).of(rollout)) for rollout in rollouts]
+    kept = [(rollout, mask) for rollout, mask in masked if any(mask)]
+    lengths = [_padded_length(rollout, alignment) for rollout, _ in kept]
     if lengths and max(lengths) > token_budget:
         raise UserError(
             f"training.microbatch_tokens = {token_budget} is too small for a rollout of {max(lengths)} "
@@ -140,28 +144,30 @@ def _halve(members: list[int], lengths: list[int]) -> list[list[int]]:
     return [[members[position] for position in half] for half in halves]
 
 
-def _build(members: list[Rollout], alignment: int) -> Microbatch:
+def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microbatch:
+    """A microbatch of rollouts, each with the mask of its response."""
     tokens: list[int] = []
     targets: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
-    lengths = [_padded_length(rollout, alignment) for rollout in members]
-    for rollout, length in zip(members, lengths, strict=True):
+    lengths = [_padded_length(rollout, alignment) for rollout, _ in members]
+    for (rollout, kept), length in zip(members, lengths, strict=True):
         inputs = rollout.prompt_ids + rollout.response_ids[:-1]
         first = len(rollout.prompt_ids) - 1  # the position that predicts the first response token
         tail = length - len(inputs)
         tokens += inputs + [0] * tail
         targets += [0] * first + rollout.response_ids + [0] * tail
-        mask += [False] * first + [True] * len(rollout.response_ids) + [False] * tail
+        mask += [False] * first + kept + [False] * tail
         logprobs += [0.0] * first + rollout.logprobs + [0.0] * tail
     if not members:
         lengths, tokens, targets = [alignment], [0] * alignment, [0] * alignment
         mask, logprobs = [False] * alignment, [0.0] * alignment
+    mask_T = torch.tensor(mask, dtype=torch.bool)
     return Microbatch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
         position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        targets_T=torch.tensor(targets, dtype=torch.int64),
-        mask_T=torch.tensor(mask, dtype=torch.bool),
-        rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
+        targets_T=torch.tensor(targets, dtype=torch.int64).where(mask_T, 0),
+        mask_T=mask_T,
+        rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32).where(mask_T, 0.0),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
     )

@@ -27,7 +27,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises UserError when the folder is missing or holds no readable tokenizer.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder; check student.path and teacher.path")
+        raise UserError(f"{folder}: no such model folder; check student.path, teacher.path and reference.path")
     if not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     ):
@@ -77,8 +77,10 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> TokenizerFingerprint:
     )
 
 
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
-    """Check that every id means the same token to both models.
+def check_same_tokenizer(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, role: str = "teacher"
+) -> str | None:
+    """Check that every id means the same token to both models; `role` names the second one.
 
     Returns a warning for harmless differences, or None: a different chat template or different
     bos/eos/pad/unk roles (base against instruct models) do not matter because both models see the same ids,
@@ -88,20 +90,20 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     ours, theirs = fingerprint(student), fingerprint(teacher)
     if ours.tokens != theirs.tokens:
         raise UserError(
-            f"student.path and teacher.path have different tokenizers: {_token_difference(ours, theirs)}"
+            f"student.path and {role}.path have different tokenizers: {_token_difference(ours, theirs, role)}"
         )
     differing = sorted((ours.special_ids ^ theirs.special_ids) - _role_ids(ours, theirs))
     if differing:
         index = differing[0]
-        owner = "student" if index in ours.special_ids else "teacher"
+        owner = "student" if index in ours.special_ids else role
         raise UserError(
-            f"student.path and teacher.path have different tokenizers: id {index} "
+            f"student.path and {role}.path have different tokenizers: id {index} "
             f"({ours.tokens.get(index)!r}) is special for the {owner} only"
         )
     warnings = [
-        f"{role} is {ours.roles[role]} for the student and {theirs.roles[role]} for the teacher"
-        for role in ROLES
-        if ours.roles[role] != theirs.roles[role]
+        f"{token} is {ours.roles[token]} for the student and {theirs.roles[token]} for the {role}"
+        for token in ROLES
+        if ours.roles[token] != theirs.roles[token]
     ]
     if ours.chat_template != theirs.chat_template:
         warnings.append("the chat templates differ")
@@ -115,19 +117,19 @@ def _role_ids(ours: TokenizerFingerprint, theirs: TokenizerFingerprint) -> froze
     return frozenset(index for side in (ours, theirs) for index in side.roles.values() if index is not None)
 
 
-def _token_difference(ours: TokenizerFingerprint, theirs: TokenizerFingerprint) -> str:
+def _token_difference(ours: TokenizerFingerprint, theirs: TokenizerFingerprint, role: str) -> str:
     shared = ours.tokens.keys() & theirs.tokens.keys()
     first = min((index for index in shared if ours.tokens[index] != theirs.tokens[index]), default=None)
     parts = []
     if len(ours.tokens) != len(theirs.tokens):
-        parts.append(f"the student has {len(ours.tokens)} tokens, the teacher {len(theirs.tokens)}")
+        parts.append(f"the student has {len(ours.tokens)} tokens, the {role} {len(theirs.tokens)}")
     if first is not None:
         parts.append(
-            f"id {first} is {ours.tokens[first]!r} for the student, {theirs.tokens[first]!r} for the teacher"
+            f"id {first} is {ours.tokens[first]!r} for the student, {theirs.tokens[first]!r} for the {role}"
         )
     if not parts or first is None:
         index = min(ours.tokens.keys() ^ theirs.tokens.keys())
-        owner = "student" if index in ours.tokens else "teacher"
+        owner = "student" if index in ours.tokens else role
         token = ours.tokens.get(index, theirs.tokens.get(index))
         parts.append(f"id {index} ({token!r}) exists for the {owner} only")
     return "; ".join(parts)

@@ -17,18 +17,22 @@ def select_positions(
 ) -> Tensor:
     """The hidden states [N, H] at `positions_N` (indices into T), complete on every tensor-parallel rank.
 
-    Their gradient arrives as one part per rank (each rank's vocabulary shard); the backward sums the parts:
-    without sequence parallelism 0 collectives forward and 1 all-reduce [N, H] backward, with it 1 all-gather
-    [T, H] forward and 1 reduce-scatter [T, H] backward. With one rank there are none.
+    Their gradient has to come back complete, summed over the vocabulary shards: `logits_shard` and
+    `linear_divergence` see to that. With sequence parallelism 1 all-gather [T, H] forward; 0 collectives otherwise
+    and backward.
     """
     if sequence_parallel:
-        full_T1H = gather_from_sequence_parallel_region(
-            hidden_T1H, tensor_parallel_output_grad=True, group=group
+        hidden_T1H = gather_from_sequence_parallel_region(
+            hidden_T1H, tensor_parallel_output_grad=False, group=group
         )
-        return full_T1H[:, 0].index_select(0, positions_N)
-    return copy_to_tensor_model_parallel_region(hidden_T1H[:, 0].index_select(0, positions_N), group=group)
+    return hidden_T1H[:, 0].index_select(0, positions_N)
 
 
-def logits_shard(hidden_NH: Tensor, head_weight_VH: Tensor) -> Tensor:
-    """Logits [N, V/TP] of this rank's vocabulary rows, in the weight's dtype; the weight is an autograd input."""
+def logits_shard(hidden_NH: Tensor, head_weight_VH: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Logits [N, V/TP] of this rank's vocabulary rows, in the weight's dtype; the weight is an autograd input.
+
+    0 collectives forward; backward 1 all-reduce [N, H] that completes the gradient of the hidden states, none with
+    one rank.
+    """
+    hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)
     return F.linear(hidden_NH.to(head_weight_VH.dtype), head_weight_VH)

@@ -13,7 +13,8 @@ class TokenStats:
 
     With tensor parallelism every rank of the group holds the same values. Log-probabilities are those of the
     given target tokens under softmax(logits / temperature); they are None where no targets were given, the
-    entropies where none were asked for.
+    entropies where none were asked for, the exact reverse KL where the teacher gave less than all its logits,
+    the masses where the support is the whole vocabulary. All but the first two are detached.
     """
 
     divergence: Tensor  # differentiable in the student
@@ -21,6 +22,9 @@ class TokenStats:
     teacher_logprob: Tensor | None = None
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
+    reverse_kl: Tensor | None = None  # over the whole vocabulary, whatever the divergence is
+    student_mass: Tensor | None = None  # probability that the student gives to the support
+    teacher_mass: Tensor | None = None
 
     @property
     def log_gap(self) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
+from megatron_opd.objectives import LinearLogits
 from megatron_opd.parallel.schedule import run_schedule
 
 
@@ -41,36 +42,49 @@ class MegatronTeacher:
 
         Collectives: those of a forward pass in the teacher's layout. Memory kept: N * D numbers.
         """
+        hidden = final_hidden_states(self.model, self.model, microbatches, self.groups)
+        return [None if hidden_ND is None else TeacherPayload(hidden_ND) for hidden_ND in hidden]
 
-        def forward_step(inputs: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
-            microbatch: Microbatch = next(inputs)
-            hidden_T1D = packed_forward(
-                model, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
-            )
+    def logits(self, payload: TeacherPayload, *, chunked: bool) -> Tensor | LinearLogits:
+        """The teacher's logits [N, V/TP] for the token ids of this rank's shard, computed here or, `chunked`, later.
 
-            def at_loss_positions(output_T1D: Tensor, non_loss_data: bool) -> TeacherPayload:
-                assert non_loss_data
-                positions_N = microbatch.mask_T.nonzero()[:, 0]
-                sharded = self.model.config.sequence_parallel
-                selected = select_positions(
-                    output_T1D, positions_N, group=self.groups.tp, sequence_parallel=sharded
-                )
-                return TeacherPayload(selected)
-
-            return hidden_T1D, at_loss_positions
-
-        payloads = run_schedule(
-            forward_step,
-            microbatches,
-            self.model,
-            self.groups,
-            count=len(microbatches),
-            forward_only=True,
-            collect=True,
-        )
-        return payloads or [None] * len(microbatches)
-
-    def logits_shard(self, payload: TeacherPayload) -> Tensor:
-        """The teacher's logits [N, V/TP] for the token ids of this rank's shard. Last stage only, no collectives."""
+        Last stage only, no collectives.
+        """
+        if chunked:
+            return LinearLogits(payload.hidden_ND, self.model.head_weight)
         with torch.no_grad():
-            return logits_shard(payload.hidden_ND, self.model.head_weight)
+            return logits_shard(payload.hidden_ND, self.model.head_weight, self.groups.tp)
+
+
+def final_hidden_states(
+    model: torch.nn.Module, gpt: GPT, microbatches: Sequence[Microbatch], groups: ProcessGroupCollection
+) -> list[Tensor | None]:
+    """Final-norm hidden states [N, D] at the loss positions of each microbatch, None but on the last stage.
+
+    A forward pass without gradients through `model`, which is `gpt` or the DDP wrapper around it.
+    """
+
+    def forward_step(inputs: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        microbatch: Microbatch = next(inputs)
+        hidden_T1D = packed_forward(
+            stage, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
+        )
+
+        def at_loss_positions(output_T1D: Tensor, non_loss_data: bool) -> Tensor:
+            assert non_loss_data
+            positions_N = microbatch.mask_T.nonzero()[:, 0]
+            sharded = gpt.config.sequence_parallel
+            return select_positions(output_T1D, positions_N, group=groups.tp, sequence_parallel=sharded)
+
+        return hidden_T1D, at_loss_positions
+
+    collected: list[Tensor | None] = run_schedule(
+        forward_step,
+        microbatches,
+        model,
+        groups,
+        count=len(microbatches),
+        forward_only=True,
+        collect=True,
+    )
+    return collected or [None] * len(microbatches)

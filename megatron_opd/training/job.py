@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_opd.checkpoint.folders import hold
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.config.schema import Config
+from megatron_opd.data.loss_mask import LossMask, build_loss_mask
 from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, load_prompts
 from megatron_opd.data.rollouts import Rollout
@@ -34,8 +36,9 @@ from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sharded import generate_sharded
 from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.training.score import sampled_logprobs
 from megatron_opd.training.student import Student, build_student
-from megatron_opd.training.update import ObjectivePass, UpdateScale
+from megatron_opd.training.update import ObjectivePass, Outcome, Update, UpdateScale
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Texts:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     stop_ids: tuple[int, ...]
+    mask: LossMask
     training: LoadedPrompts
     heldout: list[Prompt]
     notes: list[str]  # what the user should know, a line each
@@ -61,6 +65,7 @@ class Job:
     architecture: Architecture
     student: Student
     teacher: MegatronTeacher
+    reference: MegatronTeacher | None
     objective: ObjectivePass
     engine: LocalEngine
     texts: Texts
@@ -97,16 +102,65 @@ class Job:
         )
         return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp)
 
-    def pack(self, rollouts: Sequence[Rollout]) -> tuple[list[Microbatch], UpdateScale]:
-        """This rank's microbatches of an update, on its device, and the scale of the whole update."""
+    def score(
+        self, rollouts: Sequence[Rollout], *, updates: int = 1, mask: LossMask | None = None
+    ) -> list[Update]:
+        """The rollouts in `updates` equal parts, packed for this rank and scored by all models that do not move.
+
+        With several updates the student is scored too, for after the first it is no longer the one that drew them.
+        """
+        shares = [
+            rollouts[len(rollouts) * i // updates : len(rollouts) * (i + 1) // updates]
+            for i in range(updates)
+        ]
+        return [self._score(share, moves=updates > 1, mask=mask) for share in shares]
+
+    def apply(self, update: Update, progress: float) -> Outcome:
+        """Move the student by one update; one without loss tokens is skipped on all ranks alike."""
+        if update.scale.loss_tokens == 0:
+            return Outcome({}, 0.0, applied=False)
+        self.student.zero_grad()
+        sums = self.objective.run(self.student.ddp, update, progress=progress)
+        return Outcome(sums, *self.student.apply_gradients())
+
+    @property
+    def evaluation(self) -> ObjectivePass:
+        """Plain reverse KL, whatever is trained on: held-out numbers of different objectives compare."""
+        plain = Objective(temperature=self.config.rollout.temperature)
+        return replace(self.objective, objective=plain)
+
+    def _score(self, rollouts: Sequence[Rollout], *, moves: bool, mask: LossMask | None) -> Update:
         packed = pack(
             rollouts,
             dp_size=self.layout.data,
             token_budget=self.config.training.microbatch_tokens,
             alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+            loss_mask=mask,
         )
         mine = [microbatch.to(self.device) for microbatch in packed[self.groups.dp.rank()]]
-        return mine, UpdateScale.of(packed)
+        scale = UpdateScale.of(packed)
+        if scale.loss_tokens == 0:
+            return Update(mine, scale, [None] * len(mine))
+        return Update(
+            mine,
+            scale,
+            self.teacher.score(mine),
+            self._logprobs(self.student.ddp, self.student.gpt, mine) if moves else None,
+            self._logprobs(self.reference.model, self.reference.model, mine) if self.reference else None,
+        )
+
+    def _logprobs(
+        self, model: torch.nn.Module, gpt: GPT, microbatches: list[Microbatch]
+    ) -> list[Tensor | None]:
+        return sampled_logprobs(
+            model,
+            gpt,
+            microbatches,
+            self.groups,
+            temperature=self.config.rollout.temperature,
+            vocab_size=self.texts.vocab_size,
+            chunk_size=self.config.objective.head_chunk,
+        )
 
 
 def init_distributed() -> torch.device:
@@ -131,7 +185,7 @@ def set_up(config: Config) -> Job:
     Raises UserError for anything the user can mend. Collective: every rank calls it.
     """
     checked = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
-    texts = read_texts(config, min(checked.student.vocab_size, checked.teacher.vocab_size))
+    texts = read_texts(config, min(arch.vocab_size for arch in checked.architectures))
     parallel = checked.parallel
     assert parallel.data is not None
     layout = ParallelLayout(
@@ -142,16 +196,9 @@ def set_up(config: Config) -> Job:
     cpu.install()
     device = init_distributed()
     groups = build_groups(layout)
-    gpt, teacher = load_models(config, checked, layout, groups, device)
+    gpt, teacher, reference = load_models(config, checked, layout, groups, device)
     student = build_student(
         gpt, config.optimizer, groups, precision=config.precision, steps=config.training.steps
-    )
-    objective = Objective(
-        divergence=config.objective.divergence,
-        token_weight=config.objective.token_weight.kind,
-        gamma=config.objective.token_weight.gamma,
-        unit_mean=config.objective.token_weight.unit_mean,
-        temperature=config.rollout.temperature,
     )
     # The engine draws no id that either model lacks.
     drawn = replace(checked.student, vocab_size=texts.vocab_size)
@@ -163,7 +210,16 @@ def set_up(config: Config) -> Job:
         architecture=checked.student,
         student=student,
         teacher=teacher,
-        objective=ObjectivePass(gpt, teacher, objective, texts.vocab_size, groups, config.objective.check),
+        reference=reference,
+        objective=ObjectivePass(
+            gpt,
+            teacher,
+            checked.objective,
+            texts.vocab_size,
+            groups,
+            config.objective.check,
+            config.objective.head_chunk,
+        ),
         engine=LocalEngine(gpt, drawn, groups, max_batch=config.rollout.max_batch),
         texts=texts,
         prompts=PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle),
@@ -188,11 +244,14 @@ def load_models(
     layout: ParallelLayout,
     groups: ProcessGroupCollection,
     device: torch.device,
-) -> tuple[GPT, MegatronTeacher]:
-    """Student and teacher with their weights, in one layout; both vocabularies are padded to the same size."""
-    padded = max(arch.padded_vocab_size(layout.tensor) for arch in (checked.student, checked.teacher))
+) -> tuple[GPT, MegatronTeacher, MegatronTeacher | None]:
+    """Student, teacher and, where there is one, reference with their weights, in one layout.
 
-    def load(arch: Architecture, folder: Path, recompute: str) -> GPT:
+    All vocabularies are padded to the same size.
+    """
+    padded = max(arch.padded_vocab_size(layout.tensor) for arch in checked.architectures)
+
+    def load(arch: Architecture, folder: Path, recompute: str = "none") -> GPT:
         model = build_gpt(
             arch,
             layout,
@@ -204,14 +263,20 @@ def load_models(
         load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
         return model.to(device)
 
-    teacher = MegatronTeacher(load(checked.teacher, config.teacher.path, "none"), groups)
-    return load(checked.student, config.student.path, config.training.recompute), teacher
+    teacher = MegatronTeacher(load(checked.teacher, config.teacher.path), groups)
+    reference = None
+    if config.reference is not None and checked.reference is not None:
+        reference = MegatronTeacher(load(checked.reference, config.reference.path), groups)
+    return load(checked.student, config.student.path, config.training.recompute), teacher, reference
 
 
 def read_texts(config: Config, vocab_size: int) -> Texts:
     """Read tokenizers and prompts. Raises UserError when the tokenizers differ or a prompt file is broken."""
     tokenizer = load_tokenizer(config.student.path)
-    warning = check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
+    others = {"teacher": config.teacher.path} | (
+        {"reference": config.reference.path} if config.reference else {}
+    )
+    warnings = [check_same_tokenizer(tokenizer, load_tokenizer(path), role) for role, path in others.items()]
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"student.path: the tokenizer has {len(tokenizer)} tokens, the models only {vocab_size} rows: "
@@ -229,11 +294,16 @@ def read_texts(config: Config, vocab_size: int) -> Texts:
 
     training = load(config.data.prompts)
     heldout = load(config.evaluation.prompts) if config.evaluation.prompts is not None else None
-    notes = [*([warning] if warning else []), *training.notes, *(heldout.notes if heldout else [])]
+    notes = [
+        *(warning for warning in warnings if warning),
+        *training.notes,
+        *(heldout.notes if heldout else []),
+    ]
     return Texts(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         stop_ids=stop_ids(config.student.path, tokenizer),
+        mask=build_loss_mask(config.objective.mask, tokenizer),
         training=training,
         heldout=heldout.prompts[: config.evaluation.max_prompts] if heldout else [],
         notes=notes,

@@ -33,16 +33,20 @@ class Student:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the latest update (of the schedule's start before the first)."""
+        """Learning rate of the latest step (of the schedule's start before the first)."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def continue_after(self, step: int) -> None:
-        """Go on after `step` updates with this run's settings, whatever the loaded state was saved with."""
+        """Go on after `step` steps with this run's settings, whatever the loaded state was saved with."""
         for group in self.optimizer.param_groups:
             group["max_lr"], group["min_lr"] = self.config.lr, self.config.min_lr
             group["betas"], group["eps"] = (self.config.beta1, self.config.beta2), self.config.eps
         self.schedule.num_steps = step
         self.schedule.step(0)
+
+    def start_step(self) -> None:
+        """Set the learning rate of the next step; it advances with the data, whatever becomes of the updates."""
+        self.schedule.step(1)
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers before a new update."""
@@ -53,9 +57,8 @@ class Student:
         """Clip and apply the reduced gradients; returns (global gradient norm before clipping, applied).
 
         A norm that is not finite skips the update on all ranks alike: they decide from the same reduced number.
-        The learning-rate schedule advances either way, as the data does. 1 all-reduce of one number.
+        1 all-reduce of one number.
         """
-        self.schedule.step(1)
         found_inf = self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if found_inf or not math.isfinite(norm):
@@ -119,7 +122,7 @@ def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
 def _build_schedule(
     optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int
 ) -> OptimizerParamScheduler:
-    """Update k = 1 ... `steps` uses the rate at k: the warm-up starts above zero and `steps` ends at min_lr."""
+    """Step k = 1 ... `steps` uses the rate at k: the warm-up starts above zero and `steps` ends at min_lr."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

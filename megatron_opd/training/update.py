@@ -1,7 +1,7 @@
-"""One pass of the objective over an update's microbatches, with or without gradients.
+"""One optimizer update: its scored microbatches, and the pass of the objective over them.
 
 The loss of an update is the sum over ALL its unmasked response tokens (microbatches, data-parallel ranks) of
-weight * divergence, divided by their number M: never a mean of means. megatron-core divides the accumulated gradient
+weight * estimator, divided by their number M: never a mean of means. megatron-core divides the accumulated gradient
 by T_all, the tokens it routed, so the loss function returns sum * T_all / M.
 
 Shapes: T tokens of a microbatch, N its loss positions, V padded vocabulary, TP tensor-parallel size.
@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_opd.data.packing import Microbatch, count_loss_tokens
 from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
-from megatron_opd.objectives import Objective
+from megatron_opd.objectives import LinearLogits, Objective
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.teacher.megatron import MegatronTeacher, TeacherPayload
 
@@ -38,13 +38,34 @@ class UpdateScale:
     def of(cls, packed: Sequence[Sequence[Microbatch]]) -> "UpdateScale":
         """Counted over the microbatches of all data-parallel ranks (every rank packs the same rollouts)."""
         everything = [microbatch for rank in packed for microbatch in rank]
-        loss_tokens = count_loss_tokens(everything)
-        assert loss_tokens > 0, "every response has at least one token"
-        return cls(loss_tokens, sum(m.tokens_T.numel() for m in everything))
+        return cls(count_loss_tokens(everything), sum(m.tokens_T.numel() for m in everything))
 
-    def means(self, sums: dict[str, float]) -> dict[str, float]:
-        """Per-token means of an update's sums."""
-        return {name: value / self.loss_tokens for name, value in sums.items()}
+
+@dataclass(frozen=True)
+class Update:
+    """This rank's microbatches of an update, and what was computed of them before the student moved.
+
+    The lists have an entry a microbatch, None where this rank is not on the last pipeline stage.
+    """
+
+    microbatches: Sequence[Microbatch]
+    scale: UpdateScale
+    payloads: Sequence[TeacherPayload | None]
+    old_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: the student has not moved
+    reference_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: there is no reference
+
+    def rows(self) -> list[tuple[Microbatch, Any, Tensor | None, Tensor | None]]:
+        """(microbatch, payload, old log-probs, reference log-probs), one a microbatch."""
+        nothing = [None] * len(self.microbatches)
+        return list(
+            zip(
+                self.microbatches,
+                self.payloads,
+                self.old_logprobs or nothing,
+                self.reference_logprobs or nothing,
+                strict=True,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -57,77 +78,115 @@ class ObjectivePass:
     vocab_size: int  # real vocabulary common to student and teacher
     groups: ProcessGroupCollection
     check: bool = False  # judge the logits, and name the tensor on every rank when they are not finite
+    head_chunk: int | None = None  # tokens whose logits exist at once; None: those of a microbatch
 
     def run(
-        self,
-        model: torch.nn.Module,
-        microbatches: Sequence[Microbatch],
-        payloads: Sequence[TeacherPayload | None],
-        scale: UpdateScale,
-        *,
-        forward_only: bool = False,
+        self, model: torch.nn.Module, update: Update, *, progress: float = 0.0, forward_only: bool = False
     ) -> dict[str, float]:
         """Sums over the whole update of the objective's statistics, the same on every rank.
 
         Unless `forward_only`, the gradients of the update's mean loss are accumulated, reduced and normalised in
-        `model` (the DDP wrapper). Collectives besides those of megatron's schedule: 1 all-gather a microbatch inside
-        the divergence, 2 all-reduces of the sums.
+        `model` (the DDP wrapper). `progress` is how much of the training is done, 0 to 1. Collectives besides those
+        of megatron's schedule: those of the objective a microbatch, 2 all-reduces of the sums.
         """
+        scale = update.scale
 
         def forward_step(inputs: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
-            microbatch, payload = next(inputs)
+            microbatch, *scored = next(inputs)
             hidden_T1H = packed_forward(
                 stage, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
             )
 
             def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                loss_sum, sums = self._loss(output_T1H, microbatch, payload)
+                loss_sum, sums = self._loss(output_T1H, microbatch, *scored, progress=progress)
                 tokens = torch.tensor(microbatch.tokens_T.numel(), dtype=torch.int, device=output_T1H.device)
                 return loss_sum * (scale.routed_tokens / scale.loss_tokens), tokens, sums
 
             return hidden_T1H, loss_func
 
+        rows = update.rows()
         logs = run_schedule(
-            forward_step,
-            zip(microbatches, payloads, strict=True),
-            model,
-            self.groups,
-            count=len(microbatches),
-            forward_only=forward_only,
+            forward_step, rows, model, self.groups, count=len(rows), forward_only=forward_only
         )
         return self._reduce(logs)
 
     def _loss(
-        self, hidden_T1H: Tensor, microbatch: Microbatch, payload: TeacherPayload
+        self,
+        hidden_T1H: Tensor,
+        microbatch: Microbatch,
+        payload: TeacherPayload,
+        old_logprob_N: Tensor | None,
+        reference_logprob_N: Tensor | None,
+        *,
+        progress: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss sum of one microbatch and its statistics, on the last stage; logits exist at response tokens only."""
         positions_N = microbatch.mask_T.nonzero()[:, 0]
-        hidden_NH = select_positions(
-            hidden_T1H,
-            positions_N,
-            group=self.groups.tp,
-            sequence_parallel=self.gpt.config.sequence_parallel,
-        )
+        rollout_logprob_N = microbatch.rollout_logprobs_T[positions_N]
         stats = self.objective.token_stats(
-            logits_shard(hidden_NH, self.gpt.head_weight),
-            self.teacher.logits_shard(payload),
+            student_logits(
+                self.gpt, hidden_T1H, positions_N, self.groups, chunked=self.head_chunk is not None
+            ),
+            self.teacher.logits(payload, chunked=self.head_chunk is not None),
             microbatch.targets_T[positions_N],
+            rollout_logprob_N=rollout_logprob_N,
             vocab_size=self.vocab_size,
             group=self.groups.tp,
             check=self.check,
             inplace_backward=True,  # nothing else reads the student's logits
+            chunk_size=self.head_chunk,
         )
-        loss_sum, sums = self.objective.loss(stats, positions_N, microbatch.mask_T, microbatch.cu_seqlens)
+        loss_sum, sums = self.objective.loss(
+            stats,
+            positions_N,
+            microbatch.mask_T,
+            microbatch.cu_seqlens,
+            rollout_logprob_N=rollout_logprob_N,
+            old_logprob_N=old_logprob_N,
+            reference_logprob_N=reference_logprob_N,
+            progress=progress,
+        )
         assert stats.student_logprob is not None
-        mismatch_N = stats.student_logprob.detach() - microbatch.rollout_logprobs_T[positions_N]
+        mismatch_N = stats.student_logprob.detach() - rollout_logprob_N
         return loss_sum, {**sums, "logprob_mismatch": mismatch_N.abs().sum()}
 
     def _reduce(self, logs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum the microbatches' statistics over pipeline stages (only the last has any) and data-parallel ranks."""
-        names = ("loss", self.objective.divergence, "weight", "log_gap", "abs_log_gap", "logprob_mismatch")
+        names = (*self.objective.sum_names, "logprob_mismatch")
         total = torch.zeros(len(names), dtype=torch.float64, device=next(self.gpt.parameters()).device)
         for sums in logs:
             total += torch.stack([sums[name].double() for name in names])
         for group in (self.groups.pp, self.groups.dp_cp):
             dist.all_reduce(total, group=group)
         return dict(zip(names, total.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update came to: sums over its tokens (empty without tokens), gradient norm, whether it was applied."""
+
+    sums: dict[str, float]
+    grad_norm: float
+    applied: bool
+
+
+def means_over_tokens(outcomes: Sequence[Outcome], tokens: int) -> dict[str, float]:
+    """Per-token means over several updates with `tokens` loss tokens together; empty where there are none."""
+    with_tokens = [outcome.sums for outcome in outcomes if outcome.sums]
+    names = with_tokens[0] if with_tokens else ()
+    return {name: sum(sums[name] for sums in with_tokens) / tokens for name in names}
+
+
+def student_logits(
+    gpt: GPT, hidden_T1H: Tensor, positions_N: Tensor, groups: ProcessGroupCollection, *, chunked: bool
+) -> Tensor | LinearLogits:
+    """This rank's logits shard [N, V/TP] at the loss positions, computed here or, `chunked`, by the objective.
+
+    Chunked, the head's gradient goes straight to megatron's float32 `main_grad`.
+    """
+    hidden_NH = select_positions(
+        hidden_T1H, positions_N, group=groups.tp, sequence_parallel=gpt.config.sequence_parallel
+    )
+    if chunked:
+        return LinearLogits(hidden_NH, gpt.head_weight, getattr(gpt.head_weight, "main_grad", None))
+    return logits_shard(hidden_NH, gpt.head_weight, groups.tp)

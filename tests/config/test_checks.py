@@ -111,6 +111,22 @@ def test_layouts_that_fit(parallel: dict[str, Any], world_size: int) -> None:
             r"optimizer\.min_lr: 0\.0001 is more than optimizer\.lr",
         ),
         ({"evaluation": {"every": 5}}, 1, r"evaluation\.every: .*give evaluation\.prompts"),
+        (
+            {"training": {"updates_per_rollout": 13}},
+            1,
+            r"training\.updates_per_rollout: 13 updates need a rollout each, but a step has 12 .*lower it",
+        ),
+        (
+            {"objective": {"shaping": {"reference_weight": 1.25}}},
+            1,
+            r"reference: objective\.shaping\.reference_weight = 1\.25 needs a reference model: give reference\.p",
+        ),
+        ({"reference": {"path": "r"}}, 1, r"reference: nothing reads this model .*remove reference"),
+        (
+            {"objective": {"mask": {"occurrences": "all"}}},
+            1,
+            r"objective\.mask\.occurrences: all is read with objective\.mask\.tokens only",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit(sections: dict[str, Any], world_size: int, expected: str) -> None:
@@ -145,8 +161,22 @@ def test_the_teacher_has_to_fit_too(teacher: Sizes, sections: dict[str, Any], ex
         check_layout(config(**sections), Sizes(), teacher, world_size)
 
 
+def test_the_reference_has_to_fit_too() -> None:
+    exopd: dict[str, Any] = {"objective": {"shaping": {"reference_weight": 1.25}}, "reference": {"path": "r"}}
+    fitting = config(**exopd, parallel={"pipeline": 2})
+    check_layout(fitting, Sizes(), Sizes(), 2, Sizes(num_layers=12))
+    with pytest.raises(UserError, match=r"27 layers of the reference: use one of 1, 3$"):
+        check_layout(fitting, Sizes(), Sizes(), 2, Sizes(num_layers=27))
+    with pytest.raises(UserError, match=r"the reference has 1023 positions"):
+        check_layout(config(**exopd), Sizes(), Sizes(), 1, Sizes(max_positions=1023))
+
+
 def test_limits_are_inclusive() -> None:
-    exact = config(optimizer={"warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5}, rollout={"top_k": 1000})
+    exact = config(
+        optimizer={"warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5},
+        rollout={"top_k": 1000},
+        training={"updates_per_rollout": 12},
+    )
     check_layout(exact, Sizes(max_positions=1024), Sizes(max_positions=1024), 1)
 
 

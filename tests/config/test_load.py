@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opd.config.load import load_config, save_resolved
-from megatron_opd.config.names import all_keys
+from megatron_opd.config.load import changed_keys, load_config, save_resolved
+from megatron_opd.config.names import all_keys, sections
 from megatron_opd.config.presets import PRESETS
 from megatron_opd.config.schema import Config
 from megatron_opd.errors import UserError
@@ -84,6 +84,53 @@ def test_preset_fills_the_objective_and_given_keys_win(write: Any) -> None:
 def test_every_preset_is_valid(write: Any, name: str) -> None:
     objective = load_config(write(MINIMAL), [f"objective.preset={name}"]).objective
     assert objective.preset == name
+    given = objective.model_dump()
+    flat = {key: value for key, value in PRESETS[name].items() if not isinstance(value, dict)}
+    assert given | flat == given
+    for section, keys in PRESETS[name].items():
+        if isinstance(keys, dict):
+            assert given[section] | keys == given[section]
+
+
+def test_a_preset_fills_sections_two_deep_and_null_in_it_counts(write: Any) -> None:
+    path = write(MINIMAL + "objective: {preset: minillm, policy: {clip_high: 0.3}}\n")
+    policy = load_config(path, ["objective.policy.exact_step=false"]).objective.policy
+    assert (policy.discount, policy.dual_clip, policy.length_normalized) == (1.0, None, True)
+    assert (policy.clip_low, policy.clip_high, policy.exact_step) == (0.2, 0.3, False)
+    restored = load_config(path, ["objective.policy.dual_clip=4.0"])
+    assert restored.objective.policy.dual_clip == 4.0
+    gate = load_config(write(MINIMAL), ["objective.preset=aopd", "objective.gate.tau=0.2"]).objective.gate
+    assert (gate.kind, gate.tau) == ("aopd", 0.2)
+
+
+def test_lists(write: Any) -> None:
+    path = write(MINIMAL + "objective: {mask: {tokens: ['<', think, '${data.prompt_field}']}}\n")
+    assert load_config(path).objective.mask.tokens == ["<", "think", "prompt"]
+    other = load_config(path, ["objective.mask.tokens=['<|im_end|>']", "objective.mask.occurrences=all"])
+    assert other.objective.mask.tokens == ["<|im_end|>"]
+    assert load_config(path, ["objective.mask.tokens=[]"]).objective.mask.tokens == []
+
+
+def test_a_section_that_may_be_null(write: Any) -> None:
+    assert load_config(write(MINIMAL)).reference is None
+    path = write(MINIMAL + "reference: {path: '~/base'}\n")
+    given = load_config(path)
+    assert given.reference is not None and given.reference.path == Path.home() / "base"
+    assert load_config(path, ["reference=null"]).reference is None
+    assert load_config(write(MINIMAL + "reference:\n")).reference is None
+    assert load_config(write(MINIMAL), ["reference.path=${student.path}"]).reference == given.student
+
+
+def test_changed_keys(write: Any) -> None:
+    plain = load_config(write(MINIMAL))
+    other = load_config(write(MINIMAL), ["reference.path=base", "objective.mask.tokens=[a]", "seed=1"])
+    assert changed_keys(plain, plain) == changed_keys(other, other) == []
+    assert set(changed_keys(plain, other)) == {
+        "seed: 0 -> 1",
+        "reference.path: None -> base",
+        "objective.mask.tokens: [] -> ['a']",
+    }
+    assert "reference.path: base -> None" in changed_keys(other, plain)
 
 
 def test_an_empty_section_means_its_defaults_and_keeps_the_preset(write: Any) -> None:
@@ -139,7 +186,44 @@ def test_home_is_expanded_and_other_paths_stay(write: Any, monkeypatch: pytest.M
         ("rollout.temperature=0", r"^rollout\.temperature: must be greater than 0"),
         ("rollout.top_k=-1", r"^rollout\.top_k: must be at least 0"),
         ("precision=fp16", r"^precision: expected 'bf16' or 'fp32', got 'fp16'"),
-        ("objective.divergence=kl", r"^objective\.divergence: expected 'reverse_kl', got 'kl'"),
+        (
+            "objective.divergence=kl",
+            r"^objective\.divergence: expected 'reverse_kl', 'forward_kl', .*, got 'kl'",
+        ),
+        (
+            "objective.gate.knd=aopd",
+            r"unknown key 'objective\.gate\.knd' .*did you mean 'objective\.gate\.kind'",
+        ),
+        ("objective.gat.kind=aopd", r"unknown key 'objective\.gat' .*did you mean 'objective\.gate'"),
+        ("objective.tau=0.1", r"unknown key 'objective\.tau' .*did you mean 'objective\.gate\.tau'"),
+        ("gate.tau=0.1", r"unknown key 'gate' .*did you mean 'objective\.gate'"),
+        ("objective.temperature=0.5", r"did you mean 'rollout\.temperature'"),
+        ("objective.mask.zzz=1", r"section 'objective\.mask' has the keys tokens, occurrences, truncated"),
+        ("reference.pth=x", r"unknown key 'reference\.pth' .*did you mean 'reference\.path'"),
+        ("reference={}", r"^missing key 'reference\.path'"),
+        ("reference=base", r"^reference: expected a section with the keys path, got 'base'"),
+        (
+            "objective.gate=aopd",
+            r"^objective\.gate: expected a section with the keys kind, tau, .*got 'aopd'",
+        ),
+        (
+            "objective.gate.kind=adop",
+            r"^objective\.gate\.kind: expected 'none', 'aopd' or 'teacher_entropy', got",
+        ),
+        ("objective.gate.tau=1.5", r"^objective\.gate\.tau: must be at most 1, got 1\.5"),
+        ("objective.beta=1", r"^objective\.beta: must be less than 1, got 1"),
+        ("objective.k=0", r"^objective\.k: must be at least 1"),
+        ("objective.head_chunk=0", r"^objective\.head_chunk: must be at least 1"),
+        ("objective.policy.clip_low=2", r"^objective\.policy\.clip_low: must be at most 1, got 2"),
+        ("objective.policy.dual_clip=1", r"^objective\.policy\.dual_clip: must be greater than 1, got 1"),
+        ("objective.policy.discount=yes", r"^objective\.policy\.discount: expected a number, got true"),
+        ("objective.shaping.power=0", r"^objective\.shaping\.power: must be greater than 0"),
+        ("objective.token_weight.fraction=1.1", r"^objective\.token_weight\.fraction: must be at most 1"),
+        ("objective.mask.tokens=think", r"^objective\.mask\.tokens: expected a list, got 'think'"),
+        ("objective.mask.tokens=[a, 3]", r"^objective\.mask\.tokens\.1: expected text, got 3 \(override"),
+        ("objective.mask.tokens=['']", r"^objective\.mask\.tokens\.0: .*at least 1 character"),
+        ("objective.mask.tokens.0=a", r"^objective\.mask\.tokens: expected a list, got \{'0': 'a'\}"),
+        ("training.updates_per_rollout=0", r"^training\.updates_per_rollout: must be at least 1"),
         ("data.system_prompt=5", r"^data\.system_prompt: expected text, got 5"),
         ("data.prompt_field=''", r"^data\.prompt_field: "),
         ("student.path=3", r"^student\.path: expected a path, got 3"),
@@ -158,7 +242,8 @@ def test_home_is_expanded_and_other_paths_stay(write: Any, monkeypatch: pytest.M
             "objective.preset=iw-opd-exat",
             r"^objective\.preset: unknown preset .*did you mean 'iw-opd-exact'\?",
         ),
-        ("objective.preset=nothing", r"^objective\.preset: unknown preset .*the presets are iw-opd-exact"),
+        ("objective.preset=opdd", r"^objective\.preset: unknown preset .*did you mean 'opd'\?"),
+        ("objective.preset=nothing", r"^objective\.preset: unknown preset .*the presets are aopd, eopd, "),
         ("objective.preset=3", r"^objective\.preset: expected text, got 3"),
     ],
 )
@@ -197,13 +282,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_every_key_is_documented() -> None:
     keys = all_keys()
     assert "optimizer.lr" in keys and "objective.token_weight.gamma" in keys
+    models = dict(sections())
     for key in keys:
-        model: Any = Config
-        *outer, last = key.split(".")
-        for name in outer:
-            model = model.model_fields[name].annotation
-        field = model.model_fields[last]
-        assert field.description or field.annotation.__doc__, key
+        outer, _, last = key.rpartition(".")
+        field = (models[outer] if outer else Config).model_fields[last]
+        assert field.description or models[key].__doc__, key
 
 
 def text(min_size: int = 0) -> st.SearchStrategy[str]:
@@ -236,6 +319,7 @@ def configs(draw: st.DrawFn) -> Config:
             "precision": draw(st.sampled_from(["bf16", "fp32"])),
             "student": {"path": draw(paths)},
             "teacher": {"path": draw(paths)},
+            "reference": draw(st.none() | st.fixed_dictionaries({"path": paths})),
             "parallel": {"tensor": draw(counts), "data": draw(st.none() | counts)},
             "data": {
                 "prompts": draw(paths),
@@ -246,10 +330,16 @@ def configs(draw: st.DrawFn) -> Config:
             "rollout": {"temperature": draw(fractions), "top_p": draw(fractions | st.just(1.0))},
             "objective": {
                 "preset": draw(st.none() | st.sampled_from(sorted(PRESETS))),
+                "k": draw(counts),
+                "gate": {"kind": draw(st.sampled_from(["none", "aopd"])), "tau": draw(fractions)},
+                "policy": {"dual_clip": draw(st.none() | st.just(2.5)), "exact_step": draw(st.booleans())},
+                "shaping": {"power": draw(st.none() | fractions)},
                 "token_weight": {
                     "kind": draw(st.sampled_from(["uniform", "cumulative_share"])),
                     "gamma": draw(fractions),
                 },
+                "mask": {"tokens": draw(st.lists(text(min_size=1), max_size=3))},
+                "head_chunk": draw(st.none() | counts),
             },
             "optimizer": {
                 "lr": draw(fractions),

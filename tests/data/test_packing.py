@@ -1,13 +1,15 @@
 """Packing: nothing lost, nothing doubled, every target where it belongs, budgets kept, ranks in step."""
 
 from collections import Counter
-from itertools import pairwise
+from dataclasses import replace
+from itertools import chain, pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.packing import Microbatch, count_loss_tokens, pack
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
@@ -119,6 +121,48 @@ def test_same_input_same_output(rollouts, layout):
     dp_size, alignment = layout
     options = {"dp_size": dp_size, "token_budget": BUDGET, "alignment": alignment}
     assert all_equal(pack(rollouts, **options), pack(list(rollouts), **options))
+
+
+@given(rollout_lists(), layouts, st.frozensets(st.integers(1, 30)), st.sampled_from(["first", "all"]))
+def test_a_loss_mask_takes_loss_positions_away_and_nothing_else(rollouts, layout, ids, occurrences):
+    dp_size, alignment = layout
+    rollouts = [replace(r, response_ids=[1 + token % 30 for token in r.response_ids]) for r in rollouts]
+    mask = LossMask(ids, occurrences)
+    options = {"dp_size": dp_size, "token_budget": BUDGET, "alignment": alignment}
+    masked = pack(rollouts, **options, loss_mask=mask)
+    kept = [r for r in rollouts if any(mask.of(r))]
+    plain = pack(kept, **options)
+    for m, whole in zip(chain(*masked), chain(*plain), strict=True):
+        for name in ("tokens_T", "position_ids_T", "cu_seqlens"):
+            assert torch.equal(getattr(m, name), getattr(whole, name))
+        assert not (m.mask_T & ~whole.mask_T).any()
+        for name in ("targets_T", "rollout_logprobs_T"):
+            assert torch.equal(getattr(m, name), getattr(whole, name) * m.mask_T)
+    expected = Counter(
+        token for r in kept for token, keep in zip(r.response_ids, mask.of(r), strict=True) if keep
+    )
+    assert Counter(t for m in chain(*masked) for t in m.targets_T[m.mask_T].tolist()) == expected
+
+
+def test_a_masked_microbatch_by_hand():
+    mask = LossMask(frozenset({4}))
+    (m,) = pack([rollout([1, 2], [3, 4, 5, 4])], dp_size=1, token_budget=8, loss_mask=mask)[0]
+    assert m.tokens_T.tolist() == [1, 2, 3, 4, 5]
+    assert m.targets_T.tolist() == [0, 3, 0, 5, 4]
+    assert m.mask_T.tolist() == [False, True, False, True, True]
+    assert m.rollout_logprobs_T.tolist() == [0.0, -1 / 128, 0.0, -3 / 128, -4 / 128]
+
+
+def test_rollouts_that_are_masked_whole_are_left_out():
+    truncated = rollout([1], [2] * 100)  # longer than the budget, and none of its tokens is wanted
+    stopped = replace(rollout([1], [3, 4]), finish_reason="stop")
+    mask = LossMask(truncated=True)
+    assert pack([truncated, stopped], dp_size=1, token_budget=8, loss_mask=mask)[0][0].tokens_T.tolist() == [
+        1,
+        3,
+    ]
+    nothing = pack([truncated], dp_size=2, token_budget=8, loss_mask=mask)
+    assert [[count_loss_tokens([m]) for m in rank] for rank in nothing] == [[0], [0]]
 
 
 def test_one_microbatch_by_hand():

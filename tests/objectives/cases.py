@@ -1,9 +1,14 @@
-"""Logits for the divergence tests, and a run of one rank's shard that reports all a test may ask about."""
+"""Logits for the divergence tests, and a run of one rank's shard that reports all a test may ask about.
+
+Shape suffixes as in the package: N tokens, V vocabulary, K ids of a support.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -12,9 +17,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.objectives import TokenStats, reference, vocab_parallel_divergence
+from megatron_opd.objectives import TokenStats, reference, topk_divergence, vocab_parallel_divergence
 
-FIELDS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
+FIELDS = (
+    "divergence",
+    "student_logprob",
+    "teacher_logprob",
+    "student_entropy",
+    "teacher_entropy",
+    "reverse_kl",
+)
+MASSES = ("student_mass", "teacher_mass")
+KINDS = (
+    {"kind": "reverse_kl"},
+    {"kind": "forward_kl"},
+    {"kind": "jsd", "beta": 0.1},
+    {"kind": "jsd", "beta": 0.5},
+    {"kind": "jsd", "beta": 0.9},
+)
 COLLECTIVES = [
     "all_reduce",
     "all_gather",
@@ -33,6 +53,7 @@ COLLECTIVES = [
     "send",
     "batch_isend_irecv",
 ]
+INPUT_SECOND = ("all_gather_into_tensor", "reduce_scatter_tensor")  # their first argument is the output
 
 
 @dataclass
@@ -44,27 +65,84 @@ class Case:
     targets: Tensor
     divergence_grad: Tensor
     logprob_grad: Tensor
-    options: dict[str, Any] = field(default_factory=dict)  # of vocab_parallel_divergence
+    options: dict[str, Any] = field(default_factory=dict)  # of topk_divergence where "support" is among them
+    served: Tensor | None = None  # [N, K] the teacher's best ids, -1 where fewer, in place of its logits
+
+    @property
+    def topk(self) -> bool:
+        return "support" in self.options or self.served is not None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.options.get("vocab_size", self.student.shape[1])
+
+    def reference(self, student: Tensor) -> TokenStats:
+        """The reference's statistics of whole student logits, float64."""
+        if self.served is not None:
+            return self._reference_by_row(student, self.served)
+        function = reference.topk_divergence if self.topk else reference.vocab_parallel_divergence
+        return function(student, self.teacher, targets=self.targets, **known(function, self.options))
+
+    def _reference_by_row(self, student: Tensor, served: Tensor) -> TokenStats:
+        """The reference has one K for all tokens; a server may name fewer ids for some."""
+        rows = []
+        for row, ids in enumerate(served):
+            options = known(reference.topk_divergence, self.options) | {"k": int((ids >= 0).sum())}
+            if "rollout_logprob" in options:
+                options["rollout_logprob"] = options["rollout_logprob"][row : row + 1]
+            here = slice(row, row + 1)
+            rows.append(
+                reference.topk_divergence(
+                    student[here], self.teacher[here], targets=self.targets[here], **options
+                )
+            )
+        return TokenStats(*(torch.cat([getattr(row, name) for row in rows]) for name in (*FIELDS, *MASSES)))
 
     def truth(self) -> tuple[TokenStats, Tensor]:
         """The reference's statistics and gradient of the whole student logits, float64."""
         student = self.student.detach().double().requires_grad_()
-        known = {key: self.options[key] for key in ("temperature", "vocab_size") if key in self.options}
-        stats = reference.vocab_parallel_divergence(student, self.teacher, targets=self.targets, **known)
+        stats = self.reference(student)
         assert stats.student_logprob is not None
         total = (stats.divergence * self.divergence_grad + stats.student_logprob * self.logprob_grad).sum()
         (gradient,) = torch.autograd.grad(total, student)
         return stats, gradient
 
+    def run(
+        self, student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None = None, **more: Any
+    ) -> TokenStats:
+        """The function under test on these shards of the logits, with the case's targets and options."""
+        options = {"targets": self.targets, "group": group} | self.options | more
+        if self.served is None:
+            function = topk_divergence if self.topk else vocab_parallel_divergence
+            return function(student, teacher, **options)
+        whole_NV = self.teacher[:, : self.vocab_size].double() / self.options.get("temperature", 1.0)
+        whole_NV = whole_NV.log_softmax(1)
+        logprobs_NK = whole_NV.gather(1, self.served.clamp(min=0)).masked_fill(self.served < 0, torch.nan)
+        options["teacher_logprob"] = whole_NV.gather(1, self.targets[:, None])[:, 0]
+        return topk_divergence(student, (self.served, logprobs_NK), **options)
 
-def random_case(count: int = 13, width: int = 96, dtype: torch.dtype = torch.float64, **options: Any) -> Case:
+
+def known(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the function has: the reference knows nothing of shards and memory."""
+    return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
+
+
+def random_case(
+    count: int = 13,
+    width: int = 96,
+    dtype: torch.dtype = torch.float64,
+    largest_scale: float = 20.0,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
     """Rows of very different scale and offset; targets within the real vocabulary."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    scale, offset = 10.0 ** torch.linspace(-1, 1.3, max(count, 1))[:count, None], 30.0 * draw(count, 1)
+    exponents = torch.linspace(-1, math.log10(largest_scale), max(count, 1), dtype=torch.float64)
+    scale, offset = 10.0 ** exponents[:count, None], 30.0 * draw(count, 1)
     student = (scale * draw(count, width) + offset).to(dtype)
     teacher = (scale * draw(count, width) - offset).to(dtype)
     targets = torch.randint(options.get("vocab_size", width), (count,), generator=generator)
@@ -77,61 +155,95 @@ class Outcome:
 
     stats: dict[str, Tensor | None]
     gradient: Tensor
-    collectives: tuple[int, int]  # forward, backward
-    saved: list[
-        tuple[int, bool]
-    ]  # numel and whether it is one of the two logits, of each tensor kept for backward
+    forward: list[tuple[str, int]]  # collectives: name and how many numbers this rank sent
+    backward: list[tuple[str, int]]
+    # numel of each tensor kept for backward, and whether it is one of the inputs
+    saved: list[tuple[int, bool]]
 
 
 def run_shard(case: Case) -> Outcome:
     """Runs the function on this rank's columns of the case over the WORLD group."""
-    width = case.student.shape[1] // dist.get_world_size()
-    columns = slice(dist.get_rank() * width, (dist.get_rank() + 1) * width)
-    student = case.student[:, columns].clone().requires_grad_()
-    teacher = case.teacher[:, columns].clone()
-    logits = {student.untyped_storage().data_ptr(), teacher.untyped_storage().data_ptr()}
-    saved: list[tuple[int, bool]] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append((tensor.numel(), tensor.untyped_storage().data_ptr() in logits))
-        return tensor
-
-    with (
-        counted_collectives() as forward,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        stats = vocab_parallel_divergence(
-            student, teacher, targets=case.targets, group=dist.group.WORLD, entropies=True, **case.options
-        )
-    assert stats.student_logprob is not None and stats.divergence.grad_fn is not None
-    assert not any(isinstance(value, Tensor) for value in vars(stats.divergence.grad_fn).values())
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    # One rank may have a teacher of another padded width.
+    shards = [logits.chunk(ranks, dim=1)[rank].clone() for logits in (case.student, case.teacher)]
+    student = shards[0].requires_grad_()
+    with recorded_collectives() as forward, saved_tensors(*shards) as saved:
+        stats = case.run(student, shards[1], dist.group.WORLD, entropies=True)
+    assert stats.student_logprob is not None and stats.student_logprob.grad_fn is not None
+    kept = vars(stats.student_logprob.grad_fn).values()  # past the hooks that count what is saved
+    assert not any(isinstance(value, Tensor) for value in kept)
     dtype = stats.divergence.dtype
-    with counted_collectives() as backward:
+    with recorded_collectives() as backward:
         torch.autograd.backward(
             [stats.divergence, stats.student_logprob],
             [case.divergence_grad.to(dtype), case.logprob_grad.to(dtype)],
         )
     assert student.grad is not None
-    values = {name: getattr(stats, name) for name in FIELDS}
-    return Outcome(
-        {name: None if value is None else value.detach() for name, value in values.items()},
-        student.grad,
-        (sum(forward.values()), sum(backward.values())),
-        saved,
-    )
+    return Outcome(detached(stats), student.grad, forward, backward, saved)
+
+
+def detached(stats: TokenStats) -> dict[str, Tensor | None]:
+    """The statistics as numbers that can be sent from a worker."""
+    return {name: None if value is None else value.detach() for name, value in vars(stats).items()}
+
+
+def assert_stats(ours: dict[str, Tensor | None], truth: TokenStats, tolerance: float) -> None:
+    """Every statistic that there is equals the reference's, relative to its own size."""
+    present = {name: value.double() for name, value in ours.items() if value is not None}
+    expected = {name: getattr(truth, name).detach() for name in present}
+    torch.testing.assert_close(present, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_matches(case: Case, outcomes: list[Outcome], tolerance: float) -> None:
+    """Statistics on every rank and the gradient of every shard, relative to their own size."""
+    stats, gradient = case.truth()
+    absent = set() if case.topk else set(MASSES)
+    if case.served is not None:
+        absent |= {"teacher_entropy", "reverse_kl"}
+    for outcome in outcomes:
+        assert {name for name, value in outcome.stats.items() if value is None} == absent
+        assert_stats(outcome.stats, stats, tolerance)
+    shards = torch.cat([outcome.gradient for outcome in outcomes], dim=1)
+    torch.testing.assert_close(shards.double(), gradient, rtol=tolerance, atol=tolerance)
+    assert (shards[:, case.vocab_size :] == 0).all()
 
 
 @contextlib.contextmanager
-def counted_collectives() -> Iterator[dict[str, int]]:
-    """Calls of each communication function of torch.distributed."""
-    counts = dict.fromkeys(COLLECTIVES, 0)
+def saved_tensors(*inputs: Tensor) -> Iterator[list[tuple[int, bool]]]:
+    """numel of each tensor that autograd keeps, and whether it lies in the storage of one of the inputs."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    saved: list[tuple[int, bool]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append((tensor.numel(), tensor.untyped_storage().data_ptr() in storages))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+@contextlib.contextmanager
+def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Calls of the communication functions of torch.distributed: name and numel of what this rank gives."""
+    calls: list[tuple[str, int]] = []
     with contextlib.ExitStack() as stack:
         for name in COLLECTIVES:
             original = getattr(dist, name)
 
-            def counting(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
-                counts[_name] += 1
+            def recording(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+                given = args[1 if _name in INPUT_SECOND else 0] if args else None
+                calls.append((_name, given.numel() if isinstance(given, Tensor) else 0))
                 return _original(*args, **kwargs)
 
-            stack.enter_context(mock.patch.object(dist, name, counting))
+            stack.enter_context(mock.patch.object(dist, name, recording))
+        yield calls
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[dict[str, int]]:
+    """Calls of each communication function of torch.distributed, once the block has ended."""
+    counts = dict.fromkeys(COLLECTIVES, 0)
+    with recorded_collectives() as calls:
         yield counts
+    for name, _ in calls:
+        counts[name] += 1

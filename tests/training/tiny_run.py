@@ -13,16 +13,17 @@ from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.data.packing import pack
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.gpt import GPT, build_gpt
-from megatron_opd.objectives import Objective
+from megatron_opd.objectives import Objective, TokenWeight
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.training.student import Student, build_student
-from megatron_opd.training.update import ObjectivePass, UpdateScale
+from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
 from tests.tiny import VOCAB, recorded_rollouts, save_tiny_model
 
 SCHEDULED = OptimizerConfig(lr=1e-3, warmup_steps=2, schedule="cosine", weight_decay=0.1)
 TOTAL_STEPS = 5
+IW_OPD = Objective(token_weight=TokenWeight(kind="cumulative_share"))
 
 
 def save_pair(folder: Path) -> None:
@@ -53,13 +54,14 @@ class TinyRun:
         )
         microbatches, scale = packed[self.groups.dp.rank()], UpdateScale.of(packed)
         self.student.zero_grad()
-        payloads = self.objective.teacher.score(microbatches)
-        return self.objective.run(self.student.ddp, microbatches, payloads, scale)
+        update = Update(microbatches, scale, self.objective.teacher.score(microbatches))
+        return self.objective.run(self.student.ddp, update)
 
     def train(self, steps: range) -> list[dict[str, float]]:
         """Train on recorded steps; statistics, gradient norm and learning rate of each."""
         curve = []
         for step in steps:
+            self.student.start_step()
             sums = self.forward_backward(step)
             norm, applied = self.student.apply_gradients()
             assert applied
@@ -83,6 +85,8 @@ def build_run(
     optimizer: OptimizerConfig = SCHEDULED,
     precision: str = "fp32",
     recompute: str = "none",
+    objective: Objective = IW_OPD,
+    head_chunk: int | None = None,
 ) -> TinyRun:
     """Build what `save_pair(folder)` saved, in this layout."""
     cpu.install()
@@ -103,8 +107,8 @@ def build_run(
         load(archs[0], folders[0], recompute), optimizer, groups, precision=precision, steps=TOTAL_STEPS
     )
     teacher = MegatronTeacher(load(archs[1], folders[1], "none"), groups)
-    objective = ObjectivePass(student.gpt, teacher, Objective(token_weight="cumulative_share"), VOCAB, groups)
-    return TinyRun(layout, groups, archs[0], student, objective)
+    run = ObjectivePass(student.gpt, teacher, objective, VOCAB, groups, head_chunk=head_chunk)
+    return TinyRun(layout, groups, archs[0], student, run)
 
 
 def assert_close(curve: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:

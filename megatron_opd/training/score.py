@@ -1,0 +1,49 @@
+"""Log-probabilities of the sampled tokens under a model as it is now: one forward pass without gradients.
+
+The reference policy of a shaped reward is scored so, and the student before several updates on one batch of
+rollouts. Shapes: N loss positions of a microbatch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_opd.data.packing import Microbatch
+from megatron_opd.models.gpt import GPT
+from megatron_opd.objectives import LinearLogits, sampled_logprob
+from megatron_opd.teacher.megatron import final_hidden_states
+
+
+def sampled_logprobs(
+    model: torch.nn.Module,
+    gpt: GPT,
+    microbatches: Sequence[Microbatch],
+    groups: ProcessGroupCollection,
+    *,
+    temperature: float,
+    vocab_size: int,
+    chunk_size: int | None,
+) -> list[Tensor | None]:
+    """[N] for each microbatch on the last pipeline stage, nats, detached; None on the others.
+
+    `model` is `gpt` or the DDP wrapper around it. Collectives: those of a forward pass, 1 all-gather a microbatch.
+    """
+    scores: list[Tensor | None] = []
+    with torch.no_grad():
+        hidden = final_hidden_states(model, gpt, microbatches, groups)
+        for microbatch, hidden_NH in zip(microbatches, hidden, strict=True):
+            if hidden_NH is None:
+                scores.append(None)
+                continue
+            score_N = sampled_logprob(
+                LinearLogits(hidden_NH, gpt.head_weight),
+                microbatch.targets_T[microbatch.mask_T],
+                temperature=temperature,
+                vocab_size=vocab_size,
+                group=groups.tp,
+                chunk_size=chunk_size,
+            )
+            scores.append(score_N)
+    return scores
