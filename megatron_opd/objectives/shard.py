@@ -49,6 +49,7 @@ class Shard(NamedTuple):
     columns: int  # how many of the columns are real
     ranks: int
     vocab_size: int
+    tokens: int  # N
 
     @classmethod
     def of(
@@ -79,7 +80,7 @@ class Shard(NamedTuple):
                 f"vocab_size must be between 1 and {width * ranks} (width of all shards), not {vocab_size}"
             )
         start = rank * width
-        return cls(start, min(max(vocab_size - start, 0), width), ranks, vocab_size)
+        return cls(start, min(max(vocab_size - start, 0), width), ranks, vocab_size, count)
 
     def columns_of(self, ids: Tensor) -> Tensor:
         """Column of each global id in this shard, -1 where it is not a real id of this shard."""

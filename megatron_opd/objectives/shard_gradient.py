@@ -110,5 +110,7 @@ def write_gradient(
         at_points += (same_CJJ * grad_CJ.where(columns_CJ >= 0, 0.0)[:, None, :]).sum(-1)
     gradient(student_CV, teacher_CV, out_NV=out_CV[:, :columns], **options)
     if at_points is not None:
-        out_CV[:, :columns].scatter_(1, at_CJ, at_points.to(out_CV.dtype))
+        # Not scatter_, which makes a float32 copy of the whole tensor when it is bf16 or fp16 on a CPU.
+        tokens_C1 = torch.arange(at_CJ.shape[0], device=at_CJ.device)[:, None]
+        out_CV[tokens_C1, at_CJ] = at_points.to(out_CV.dtype)
     padding.zero_()

@@ -61,17 +61,19 @@ def topk_divergence(
 
     "none" is no divergence: it can be negative (reverse_kl) and teacher = student is not its minimum; the gradient
     of the forward form there is (sum_S p) p_v - p_v 1[v in S]. renormalize with K = 1 is 0 with gradient 0.
-    bucket resolves masses of the rest down to the precision of the statistics.
+    bucket resolves masses of the rest down to the precision of the statistics. An id that the choosing model
+    excludes (-inf) is never in the support, and a token whose support is empty has divergence and gradient 0.
 
-    Collectives over `group`: one all-gather forward, of 5 + 3 K numbers per token and rank (3 + K with ids from a
-    server); none backward for logits, one all-reduce [N, D] for LinearLogits. Saved: the inputs and numbers of
-    size [N, K].
+    Collectives over `group`: one all-gather forward, of 5 + 3 K numbers per token and rank, 2 more with targets
+    and 2 with entropies (2 + K with ids from a server, and 1 more with either); none backward for logits, one
+    all-reduce [N, D] for LinearLogits. Saved: the inputs and numbers of size [N, K].
 
     Args:
         student_logits: [N, V/TP], or LinearLogits for chunks of `chunk_size` tokens.
         teacher_logits: [N, V/TP] or LinearLogits; or (topk_ids [N, K], topk_logprobs [N, K]) from a server that
-            scored at the same temperature, ids distinct in a row, -1 where there are fewer: then they are the
-            support, without or with the sampled token as `support` says, and k is not given.
+            scored at the same temperature, ids distinct in a row, -1 where there are fewer (ids outside the
+            vocabulary count as that): then they are the support, without or with the sampled token as `support`
+            says, and k is not given.
         k: ids of the support; more than the vocabulary has means all of them.
         support: "teacher_topk", "student_topk", either with "_sampled": union with the target.
         targets: [N] sampled ids; needed by the unions and by sampled_tail.
@@ -102,6 +104,9 @@ def topk_divergence(
     )
     if served is not None:
         ids_NK, ids_teacher_NK = served
+        if ids_NK.shape != ids_teacher_NK.shape:
+            shapes = f"{tuple(ids_NK.shape)} and {tuple(ids_teacher_NK.shape)}"
+            raise ValueError(f"topk_ids and topk_logprobs must have the same shape [N, K], not {shapes}")
         compared = compare(student_logits, None, targets, ids_NK, request)._replace(
             ids_teacher_logprob=ids_teacher_NK.detach(), teacher_logprob=teacher_logprob
         )
@@ -179,15 +184,19 @@ def _ordered(kind: str, student_NK: Tensor, teacher_NK: Tensor) -> tuple[Tensor,
 
 
 def _expected_gap(first_NK: Tensor, second_NK: Tensor) -> Tensor:
-    """sum p_1 (log p_1 - log p_2), where ids of probability 0 add 0 and have no gradient."""
-    gap_NK = (first_NK - second_NK).where(first_NK > -torch.inf, 0.0)
+    """sum p_1 (log p_1 - log p_2), where ids of probability 0 add 0 and have no gradient; NaN shows in both."""
+    gap_NK = (first_NK - second_NK).where(first_NK != -torch.inf, 0.0)
     return (first_NK.exp() * gap_NK).sum(1)
 
 
 def _renormalized(first_NK: Tensor, second_NK: Tensor) -> Tensor:
-    return _expected_gap(
-        first_NK - first_NK.logsumexp(1, keepdim=True), second_NK - second_NK.logsumexp(1, keepdim=True)
-    )
+    return _expected_gap(_log_shares(first_NK), _log_shares(second_NK))
+
+
+def _log_shares(logprob_NK: Tensor) -> Tensor:
+    """Log of each id's share of the support's mass; -inf, and no NaN, where the support has no mass."""
+    massless_N1 = (logprob_NK == -torch.inf).all(1, keepdim=True)
+    return logprob_NK - logprob_NK.masked_fill(massless_N1, 0.0).logsumexp(1, keepdim=True)
 
 
 def _bucketed(first_NK: Tensor, second_NK: Tensor) -> Tensor:

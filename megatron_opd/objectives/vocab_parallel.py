@@ -47,7 +47,8 @@ def compare(
 ) -> Compared:
     """Compare two models' distributions at N tokens; see `Compared` and the functions that are built on it.
 
-    ids_NK are global ids whose log-probabilities are wanted (-1: absent); request.best_of finds them instead.
+    ids_NK are global ids whose log-probabilities are wanted (-1: absent, as are those outside
+    the vocabulary); request.best_of finds them instead.
     Collectives: one all-gather forward (two for jsd). Saved: the inputs as they are, numbers of size [N] and
     [N, K], and with sequence_parallel the gathered hidden states.
     """
@@ -56,6 +57,10 @@ def compare(
     teacher_tensor, teacher_weight, _ = _parts(teacher)
     if targets_N is not None:
         targets_N = targets_N.to(student_tensor.device)
+    if ids_NK is not None:
+        if ids_NK.dim() != 2 or ids_NK.shape[0] != shard.tokens:
+            raise ValueError(f"ids must have shape [{shard.tokens}, K], not {tuple(ids_NK.shape)}")
+        ids_NK = ids_NK.to(student_tensor.device).masked_fill(ids_NK >= shard.vocab_size, -1)
     work = _Work(shard, request, weight_grad)
     return Compared(
         *_Compare.apply(

@@ -78,10 +78,11 @@ class Case:
 
     def reference(self, student: Tensor) -> TokenStats:
         """The reference's statistics of whole student logits, float64."""
-        if self.served is not None:
+        if self.served is not None and len(self.served) > 0:
             return self._reference_by_row(student, self.served)
         function = reference.topk_divergence if self.topk else reference.vocab_parallel_divergence
-        return function(student, self.teacher, targets=self.targets, **known(function, self.options))
+        options = known(function, self.options | ({} if self.served is None else {"k": self.served.shape[1]}))
+        return function(student, self.teacher, targets=self.targets, **options)
 
     def _reference_by_row(self, student: Tensor, served: Tensor) -> TokenStats:
         """The reference has one K for all tokens; a server may name fewer ids for some."""

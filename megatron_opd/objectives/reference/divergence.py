@@ -70,6 +70,7 @@ def topk_divergence(
     scores_NV = (teacher_NV if support.startswith("teacher") else student_NV).detach()
     best_NK = scores_NV.sort(dim=1, descending=True, stable=True).indices[:, :k]
     inside_NV = torch.zeros_like(scores_NV, dtype=torch.bool).scatter(1, best_NK, True)
+    inside_NV &= scores_NV > -torch.inf
     if support.endswith("_sampled"):
         assert targets is not None
         inside_NV = inside_NV.scatter(1, targets[:, None], True)
