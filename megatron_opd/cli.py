@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_opd.cli_convert import convert
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import end_with_launcher, report_user_error
 
@@ -23,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 launch = typer.Typer(help="Start a training with all its processes.", no_args_is_help=True)
-convert = typer.Typer(help="Convert models between Hugging Face and Megatron folders.", no_args_is_help=True)
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 
@@ -32,8 +32,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Values that win over the file's, such as optimizer.lr=1e-5."),
 ]
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.", show_default=False)]
-Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.", show_default=False)]
 
 
 @app.command()
@@ -98,22 +96,6 @@ def doctor() -> None:
     from megatron_opd.launch.doctor import report
 
     raise typer.Exit(report())
-
-
-@convert.command("hf-to-megatron")
-def convert_hf_to_megatron(source: Source, target: Target) -> None:
-    """Write the Hugging Face folder SRC as a Megatron folder DST."""
-    from megatron_opd.checkpoint.convert import hf_to_megatron
-
-    hf_to_megatron(source, target)
-
-
-@convert.command("megatron-to-hf")
-def convert_megatron_to_hf(source: Source, target: Target) -> None:
-    """Write the Megatron folder SRC, or a checkpoint of a run, as a Hugging Face folder DST."""
-    from megatron_opd.checkpoint.convert import megatron_to_hf
-
-    megatron_to_hf(source, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

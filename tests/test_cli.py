@@ -16,6 +16,7 @@ import pytest
 from megatron_opd.cli import main
 from megatron_opd.errors import UserError
 from megatron_opd.launch import doctor
+from tests.checkpoint.models import write_hf
 
 ROOT = Path(__file__).parents[1]
 LLAMA = {
@@ -225,18 +226,41 @@ def test_usage_errors_end_with_2(run: Run, arguments: list[str]) -> None:
     assert code == 2 and "Usage:" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    ("command", "function"), [("hf-to-megatron", "hf_to_megatron"), ("megatron-to-hf", "megatron_to_hf")]
-)
-def test_convert_calls_the_conversion(
-    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, function: str
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf(tmp_path_factory.mktemp("model") / "hf", "llama", tied=True)
+
+
+def test_convert_there_and_back(run: Run, hf_folder: Path, tmp_path: Path) -> None:
+    code, out, err = run("convert", "hf-to-megatron", hf_folder, tmp_path / "megatron")
+    assert (code, out) == (0, "") and err.startswith("hf-to-megatron  ") and err.endswith("B/s\n")
+    assert run("convert", "megatron-to-hf", tmp_path / "megatron", tmp_path / "back")[0] == 0
+    assert (tmp_path / "back" / "model.safetensors").is_file()
+    result = run("convert", "megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    assert_one_error(result, "back exists already: remove it or choose another output folder")
+
+
+def test_convert_with_several_processes(run: Run, hf_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "megatron"
+    assert run("convert", "hf-to-megatron", "--processes", "2", "--dtype", "bf16", hf_folder, out)[0] == 0
+    assert len(list((out / "state").glob("*.distcp"))) == 2
+    assert_one_error(
+        run("convert", "hf-to-megatron", "--processes", "2", hf_folder, out),
+        "megatron exists already: remove it or choose another output folder",
+    )
+
+
+@pytest.mark.parametrize("extra", [[], ["--processes", "2"]])
+def test_convert_dry_run_prints_the_plan_and_writes_nothing(
+    run: Run, hf_folder: Path, tmp_path: Path, extra: list[str]
 ) -> None:
-    calls: list[tuple[Path, Path]] = []
-    module = types.ModuleType("megatron_opd.checkpoint.convert")
-    setattr(module, function, lambda source, target: calls.append((source, target)))
-    monkeypatch.setitem(sys.modules, "megatron_opd.checkpoint.convert", module)
-    assert run("convert", command, "a", "b") == (0, "", "")
-    assert calls == [(Path("a"), Path("b"))]
+    code, out, err = run("convert", "hf-to-megatron", "--dry-run", *extra, hf_folder, tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "decoder.final_layernorm.weight" in out and "float32" in out and "model.norm.weight" in out
+    assert "total: 38 Hugging Face tensors" in out
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "config.json").write_text((hf_folder / "config.json").read_text())
+    assert_one_error(run("convert", "hf-to-megatron", "--dry-run", tmp_path, "x"), "has no weights")
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,73 @@
-"""Depth pruning: drops whole decoder layers of a Hugging Face folder, evenly spread over a range of them.
+"""Pruning: a smaller model made of parts of a Hugging Face folder, which it leaves as it is.
 
-Usage: python -m tools.prune_layers SRC DST --keep 24 --from 8 --to 26
+Depth, whole decoder layers:
+    python -m tools.prune_layers SRC DST --keep 24 --from 8 --to 26          evenly spread over layers 8 to 25
+    python -m tools.prune_layers SRC DST --drop 3,5,7                        these layers
+    python -m tools.prune_layers SRC DST --keep 24 --by-influence TEXT       those that change a text least
+Width, alone or with any of these (measured without the dropped layers):
+    python -m tools.prune_layers SRC DST --ffn 1024 --by-activation TEXT     FFN channels
+    python -m tools.prune_layers SRC DST --kv-groups 2 --by-activation TEXT  key/value groups, query heads included
 
-The first and the last layers of a language model matter most, so the dropped ones lie between. Works on the
-safetensors files tensor by tensor, without building the model.
+TEXT is a JSONL file with a field `prompt` or `text`, or plain text, one sample a line. The first and the last
+layers of a language model matter most, so evenly dropped ones should lie between. Copies the safetensors files
+tensor by tensor, without building the model.
 """
 
 import argparse
 import json
-import re
-import shutil
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from megatron_opd.checkpoint.folders import written_aside
+from megatron_opd.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE
 from megatron_opd.errors import UserError
+from megatron_opd.models.architecture import read_architecture, read_config_json
 
-LAYER = re.compile(r"^(.*\blayers\.)(\d+)(\..*)$")
+if TYPE_CHECKING:
+    from tools.prune_importance import Importance
+
+LAYER_PREFIX = "model.layers."
+FFN, KV_GROUPS = "intermediate_size", "num_key_value_heads"
+OPTION = {FFN: "ffn", KV_GROUPS: "kv_groups"}  # what it is called on the command line and in `Importance`
+CUT = {  # matrix of a layer -> (what it consists of, along which dimension)
+    "mlp.gate_proj": (FFN, 0),
+    "mlp.up_proj": (FFN, 0),
+    "mlp.down_proj": (FFN, 1),
+    "self_attn.q_proj": (KV_GROUPS, 0),
+    "self_attn.k_proj": (KV_GROUPS, 0),
+    "self_attn.v_proj": (KV_GROUPS, 0),
+    "self_attn.o_proj": (KV_GROUPS, 1),
+}
+
+
+@dataclass(frozen=True)
+class Width:
+    """Which FFN channels, or which key/value groups with their query heads, every layer keeps.
+
+    `kept` holds the indices, ascending, for each layer that is not dropped (numbered as in the source), equally
+    many in each.
+    """
+
+    kind: str  # FFN or KV_GROUPS
+    kept: Mapping[int, Tensor]
+
+    def __post_init__(self) -> None:
+        assert len({len(indices) for indices in self.kept.values()}) == 1
+
+    @property
+    def size(self) -> int:
+        """How many a layer keeps."""
+        return len(next(iter(self.kept.values())))
 
 
 def evenly_spaced(layers: int, keep: int, start: int, stop: int) -> list[int]:
@@ -28,6 +75,29 @@ def evenly_spaced(layers: int, keep: int, start: int, stop: int) -> list[int]:
 
     Raises UserError when there are not that many to drop.
     """
+    drop = _number_to_drop(layers, keep, start, stop)
+    return [start + i * (stop - start) // drop for i in range(drop)]
+
+
+def least_influential(influence: Sequence[float], keep: int, start: int, stop: int) -> list[int]:
+    """The layers to drop, ascending (0-based): those of [start, stop) with the least influence, `keep` stay.
+
+    Raises UserError when there are not that many to drop.
+    """
+    drop = _number_to_drop(len(influence), keep, start, stop)
+    return sorted(sorted(range(start, stop), key=lambda layer: influence[layer])[:drop])
+
+
+def most_active(kind: str, scores: Mapping[int, Tensor], size: int) -> Width:
+    """The `size` parts of each layer with the highest scores (layer -> [parts]); of equal ones the first."""
+    kept = {
+        layer: score.argsort(descending=True, stable=True)[:size].sort().values
+        for layer, score in scores.items()
+    }
+    return Width(kind, kept)
+
+
+def _number_to_drop(layers: int, keep: int, start: int, stop: int) -> int:
     drop = layers - keep
     if keep < 1 or drop < 1 or start < 0 or stop > layers or drop > stop - start:
         raise UserError(
@@ -35,77 +105,120 @@ def evenly_spaced(layers: int, keep: int, start: int, stop: int) -> list[int]:
             f"--keep must lie between {max(1, layers - max(stop - start, 0))} and {layers - 1}, --from and --to "
             f"between 0 and {layers}"
         )
-    return [start + i * (stop - start) // drop for i in range(drop)]
+    return drop
 
 
-def prune(source: Path, destination: Path, dropped: Sequence[int]) -> None:
-    """Copy the HF folder without the decoder layers `dropped` (0-based) and number the others anew.
+def prune(source: Path, destination: Path, dropped: Sequence[int], widths: Sequence[Width] = ()) -> None:
+    """Copy the HF folder without the decoder layers `dropped` (0-based), numbering the others anew, and with only
+    the parts of the others that `widths` keep.
 
-    Peak memory: one safetensors file. Raises UserError when the source is not a HF folder with safetensors or
-    lacks a layer that is to be dropped, and when the destination exists or cannot be written.
+    Peak memory: one safetensors file. Raises UserError for a source that is no complete HF folder of a supported
+    model or lacks a layer that is to be dropped, and when the destination exists or cannot be written.
     """
     config = read_config(source)
-    layers = config["num_hidden_layers"]
+    files, index = _checked_files(source)
+    kept = kept_layers(source, config["num_hidden_layers"], dropped)
+    copy = _Copy({old: new for new, old in enumerate(kept)}, widths, config)
+    with written_aside(destination) as aside:
+        from megatron_opd.checkpoint.weights import copy_model_files
+
+        for file in files:
+            copy.file(file, aside / file.name)
+        if index is not None:
+            content = {"metadata": {"total_size": copy.size}, "weight_map": copy.file_of}
+            _write_json(aside / index, content)
+        copy_model_files(source, aside)
+        _write_json(aside / "config.json", pruned_config(config, kept, widths))
+
+
+def kept_layers(source: Path, layers: int, dropped: Sequence[int]) -> list[int]:
+    """The layers (0-based) that stay, ascending. Raises UserError when none does and for one that is not there."""
     if not set(dropped) <= set(range(layers)):
         raise UserError(
             f"{source}: has layers 0 to {layers - 1}; cannot drop {sorted(set(dropped) - set(range(layers)))}"
         )
-    kept = [layer for layer in range(layers) if layer not in set(dropped)]
-    new_number = {old: new for new, old in enumerate(kept)}
-    with written_aside(destination) as aside:
-        index: dict[str, str] = {}
-        size = 0
-        files = sorted(source.glob("*.safetensors"))
-        for file in files:
-            written, bytes_written = _copy_tensors(file, aside / file.name, new_number)
-            index.update(dict.fromkeys(written, file.name))
-            size += bytes_written
-        if len(files) > 1:
-            content = {"metadata": {"total_size": size}, "weight_map": index}
-            _write_json(aside / "model.safetensors.index.json", content)
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
-                shutil.copy2(file, aside / file.name)
-        _write_json(aside / "config.json", pruned_config(config, kept))
+    if len(set(dropped)) == layers:
+        raise UserError(f"{source}: at least one of its {layers} layers must stay")
+    return [layer for layer in range(layers) if layer not in set(dropped)]
 
 
 def read_config(source: Path) -> dict:
-    """config.json of a HF folder that has safetensors. Raises UserError otherwise."""
-    file = source / "config.json"
-    if not file.is_file():
-        raise UserError(f"{source}: not a Hugging Face model folder (no config.json)")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if "num_hidden_layers" not in config:
-        raise UserError(f"{file}: has no num_hidden_layers")
-    if not any(source.glob("*.safetensors")):
-        raise UserError(f"{source}: holds no *.safetensors file; save the model with safetensors first")
-    return config
+    """config.json of a HF folder. Raises UserError when it is missing, broken or of an unsupported model."""
+    read_architecture(source)
+    return read_config_json(source)
 
 
-def pruned_config(config: dict, kept: Sequence[int]) -> dict:
-    """The configuration with the new number of layers; settings listed per layer keep the entries of the kept
-    ones."""
+def pruned_config(config: dict, kept: Sequence[int], widths: Sequence[Width] = ()) -> dict:
+    """The configuration with the new number of layers and the new widths; settings listed per layer keep the
+    entries of the kept ones."""
     layers = config["num_hidden_layers"]
-    per_layer = {
+    changed: dict[str, Any] = {
         key: [value[layer] for layer in kept]
         for key, value in config.items()
         if key == "layer_types" and isinstance(value, list) and len(value) == layers
     }
-    return config | per_layer | {"num_hidden_layers": len(kept)}
+    changed["num_hidden_layers"] = len(kept)
+    for width in widths:
+        changed[width.kind] = width.size
+        if width.kind == KV_GROUPS:
+            heads = config["num_attention_heads"]
+            changed["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+            changed["num_attention_heads"] = heads // number_of(KV_GROUPS, config) * width.size
+    return config | changed
 
 
-def _copy_tensors(source: Path, destination: Path, new_number: dict[int, int]) -> tuple[list[str], int]:
-    tensors = {}
-    with safe_open(source, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  (a safe_open handle is not iterable)
-            match = LAYER.match(name)
-            if match is None:
-                tensors[name] = file.get_tensor(name)
-            elif int(match[2]) in new_number:
-                tensors[f"{match[1]}{new_number[int(match[2])]}{match[3]}"] = file.get_tensor(name)
-    if tensors:
-        save_file(tensors, destination, metadata={"format": "pt"})
-    return list(tensors), sum(tensor.nbytes for tensor in tensors.values())
+def number_of(kind: str, config: dict) -> int:
+    """How many FFN channels or key/value groups a layer has; without the latter's key every head has its own."""
+    return config.get(kind) or config["num_attention_heads"]
+
+
+def _checked_files(source: Path) -> tuple[list[Path], str | None]:
+    """The weight files, and the name of their index if there is one, after a look at their headers: they hold
+    exactly the tensors that config.json calls for."""
+    with warnings.catch_warnings():
+        # megatron-core says on import which optional GPU packages it lacks.
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        from megatron_opd.checkpoint.hf_import import HfReader, check_hf_weights
+    check_hf_weights(HfReader(source), read_architecture(source))
+    if not (source / INDEX_FILE).is_file():
+        return [source / SINGLE_FILE], None
+    names = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
+    return [source / name for name in sorted(set(names))], INDEX_FILE
+
+
+@dataclass
+class _Copy:
+    """Copies file by file and remembers where the tensors went."""
+
+    new_number: Mapping[int, int]  # of each kept layer
+    widths: Sequence[Width]
+    config: dict
+    file_of: dict[str, str] = field(default_factory=dict)
+    size: int = 0  # bytes of all tensors
+
+    def file(self, source: Path, destination: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        with safe_open(source, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (a safe_open handle is not iterable)
+                if not name.startswith(LAYER_PREFIX):
+                    tensors[name] = file.get_tensor(name)
+                    continue
+                number, part = name.removeprefix(LAYER_PREFIX).split(".", 1)
+                if int(number) in self.new_number:
+                    new_name = f"{LAYER_PREFIX}{self.new_number[int(number)]}.{part}"
+                    tensors[new_name] = self._narrowed(file.get_tensor(name), int(number), part)
+        if tensors:
+            save_file(tensors, destination, metadata={"format": "pt"})
+        self.file_of |= dict.fromkeys(tensors, destination.name)
+        self.size += sum(tensor.nbytes for tensor in tensors.values())
+
+    def _narrowed(self, tensor: Tensor, layer: int, part: str) -> Tensor:
+        kind, dim = CUT.get(part.rpartition(".")[0], ("", 0))
+        for width in self.widths:
+            if width.kind == kind:
+                parts = tensor.unflatten(dim, (number_of(kind, self.config), -1))
+                return parts.index_select(dim, width.kept[layer]).flatten(dim, dim + 1)
+        return tensor
 
 
 def _write_json(file: Path, content: dict) -> None:
@@ -113,24 +226,128 @@ def _write_json(file: Path, content: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.prune_layers", description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
-    parser.add_argument("destination", type=Path, metavar="DST", help="folder to write")
-    parser.add_argument("--keep", type=int, required=True, help="number of layers to keep")
-    parser.add_argument(
-        "--from", type=int, default=0, dest="start", help="first layer that may be dropped (default 0)"
-    )
-    parser.add_argument("--to", type=int, dest="stop", help="layer before which dropping ends (default: all)")
-    options = parser.parse_args(arguments)
+    """The command; returns the exit code."""
+    options = _parser().parse_args(arguments)
     try:
-        layers = read_config(options.source)["num_hidden_layers"]
-        dropped = evenly_spaced(layers, options.keep, options.start, options.stop or layers)
-        prune(options.source, options.destination, dropped)
+        config = read_config(options.source)
+        layers = config["num_hidden_layers"]
+        _check_options(options)
+        dropped = _chosen_layers(options, layers)
+        kept = kept_layers(options.source, layers, dropped)
+        widths = _chosen_widths(options, config, kept)
+        prune(options.source, options.destination, dropped, widths)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.destination}: {options.keep} of {layers} layers, without {', '.join(map(str, dropped))}")
+    without = f", without {', '.join(map(str, dropped))}" if dropped else ""
+    print(f"{options.destination}: {len(kept)} of {layers} layers{without}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.prune_layers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder")
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder to write")
+    parser.add_argument("--drop", metavar="3,5,7", help="the layers to drop, counted from 0")
+    parser.add_argument("--keep", type=int, metavar="N", help="number of layers to keep")
+    parser.add_argument(
+        "--from", type=int, dest="start", metavar="A", help="first layer that may be dropped (default 0)"
+    )
+    parser.add_argument(
+        "--to", type=int, dest="stop", metavar="B", help="layer before which dropping ends (default: all)"
+    )
+    parser.add_argument("--by-influence", type=Path, metavar="TEXT", help="drop what changes this text least")
+    parser.add_argument("--ffn", type=int, metavar="N", help="FFN channels to keep in each layer")
+    parser.add_argument("--kv-groups", type=int, metavar="N", help="key/value groups to keep in each layer")
+    parser.add_argument("--by-activation", type=Path, metavar="TEXT", help="keep the parts most active on it")
+    parser.add_argument(
+        "--tokens", type=int, default=1024, metavar="N", help="tokens of TEXT to measure on (default 1024)"
+    )
+    return parser
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    depth = options.drop is not None or options.keep is not None
+    width = options.ffn is not None or options.kv_groups is not None
+    of_keep = (options.start, options.stop, options.by_influence)
+    if options.drop is not None and options.keep is not None:
+        raise UserError("--drop and --keep exclude each other: --drop names the layers, --keep counts them")
+    if options.keep is None and any(value is not None for value in of_keep):
+        raise UserError("--from, --to and --by-influence need --keep, the number of layers to keep")
+    if not depth and not width:
+        raise UserError("nothing to prune: give --drop or --keep, --ffn or --kv-groups")
+    if width != (options.by_activation is not None):
+        raise UserError("--ffn and --kv-groups go together with --by-activation, the text to measure on")
+    if options.destination.exists():  # known before anything is measured
+        raise UserError(f"{options.destination} exists already: remove it or choose another output folder")
+
+
+def _chosen_layers(options: argparse.Namespace, layers: int) -> list[int]:
+    if options.drop is not None:
+        try:
+            return sorted({int(number) for number in options.drop.split(",")})
+        except ValueError:
+            raise UserError(f"--drop {options.drop}: layer numbers with commas, such as 3,5,7") from None
+    if options.keep is None:
+        return []
+    start, stop = options.start or 0, layers if options.stop is None else options.stop
+    dropped = evenly_spaced(layers, options.keep, start, stop)  # refuses impossible numbers before measuring
+    if options.by_influence is None:
+        return dropped
+    measured = _measured(options, options.by_influence, range(layers))
+    influence = [measured[layer].influence for layer in range(layers)]
+    dropped = least_influential(influence, options.keep, start, stop)
+    _print_influence(influence, dropped)
+    return dropped
+
+
+def _chosen_widths(options: argparse.Namespace, config: dict, layers: Sequence[int]) -> list[Width]:
+    sizes = {kind: getattr(options, OPTION[kind]) for kind in OPTION}
+    for kind, size in sizes.items():
+        parts = number_of(kind, config)
+        if size is not None and not 1 <= size < parts:
+            raise UserError(f"--{OPTION[kind].replace('_', '-')} {size}: must lie between 1 and {parts - 1}")
+    if sizes[FFN] is not None and read_architecture(options.source).moe is not None:
+        raise UserError(f"{options.source}: --ffn is for dense models, this one has experts")
+    if options.by_activation is None:
+        return []
+    measured = _measured(options, options.by_activation, layers)
+    widths = []
+    for kind, size in sizes.items():
+        if size is not None:
+            scores = {layer: getattr(measured[layer], OPTION[kind]) for layer in layers}
+            widths.append(most_active(kind, scores, size))
+            print(f"{kind} {number_of(kind, config)} -> {size}, keeping {_shares(widths[-1], scores)}")
+    return widths
+
+
+def _measured(options: argparse.Namespace, text: Path, layers: Sequence[int]) -> "dict[int, Importance]":
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        from tools.prune_importance import measure, read_samples
+
+    samples = read_samples(text, options.source, options.tokens)
+    print(f"measured on {sum(map(len, samples))} tokens in {len(samples)} samples of {text}")
+    return measure(options.source, samples, layers)
+
+
+def _shares(width: Width, scores: Mapping[int, Tensor]) -> str:
+    shares = [
+        float(scores[layer][kept].sum() / total) if (total := scores[layer].sum()) > 0 else 1.0
+        for layer, kept in width.kept.items()
+    ]
+    return f"{min(shares):.0%} to {max(shares):.0%} of a layer's activation"
+
+
+def _print_influence(influence: Sequence[float], dropped: Sequence[int]) -> None:
+    table = Table("layer", "influence", "")
+    for layer, value in enumerate(influence):
+        table.add_row(str(layer), f"{value:.4f}", "dropped" if layer in dropped else "")
+    Console().print(table)
 
 
 if __name__ == "__main__":

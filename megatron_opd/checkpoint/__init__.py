@@ -1,9 +1,11 @@
 """Weights on disk: Hugging Face folders, Megatron folders, and a run's own checkpoints.
 
-- `hf_families`: which Hugging Face tensors make up which megatron parameter; one table a family.
+- `hf_families`: the tables of `models.families` applied: Hugging Face tensors -> shards, and back.
 - `hf_import`, `hf_export`: Hugging Face safetensors -> a model's shards, and back.
 - `weights`: fill a model from either kind of folder; the config and tokenizer that go with it.
-- `convert`: Hugging Face folder <-> Megatron folder.
+- `convert`: Hugging Face folder <-> Megatron folder, in `pieces` that are moved one by one.
+- `state_read`, `state_write`: megatron-core's checkpoint format, tensor by tensor.
+- `safetensors_files`: safetensors files, tensor by tensor.
 - `store`: a run's checkpoints, saved atomically and resumed.
 - `folders`: how a new folder comes into being: written aside, then published.
 

@@ -1,12 +1,17 @@
-"""How a new folder comes into being: written aside, then renamed, so that it is complete or not there."""
+"""How a new folder comes into being: written aside, then renamed, so that it is complete or not there.
+
+Several processes can write one folder together; what goes wrong on one of them is raised on all.
+"""
 
 import fcntl
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_opd.errors import UserError, why_refused
 
@@ -29,6 +34,11 @@ def hold(folder: Path) -> None:
         ) from None
 
 
+def aside_of(folder: Path) -> Path:
+    """Where a folder is while it is being written."""
+    return folder.with_name(f".{folder.name}.incomplete")
+
+
 @contextmanager
 def written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """`with written_aside(folder) as aside:` fills `aside`, which becomes `folder` only if all went well.
@@ -39,7 +49,7 @@ def written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if folder.exists() and not replace:
         raise UserError(f"{folder} exists already: remove it or choose another output folder")
-    aside = folder.with_name(f".{folder.name}.incomplete")
+    aside = aside_of(folder)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -53,3 +63,62 @@ def written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         if reason is not None:
             raise UserError(f"cannot write {folder}: {reason}; nothing was left there") from error
         raise
+
+
+@contextmanager
+def tidied(folder: Path) -> Iterator[None]:
+    """Whatever other processes, killed perhaps, leave half-written of `folder` is removed at the end."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(aside_of(folder), ignore_errors=True)
+
+
+@contextmanager
+def written_together(folder: Path, group: dist.ProcessGroup | None, needed_bytes: int) -> Iterator[Path]:
+    """`written_aside` for the processes of a group: all of them fill `aside`, rank 0 makes and publishes it.
+
+    Raises UserError also when the disk has less than `needed_bytes` left. `group` None: this process alone.
+    Collective over `group`: 3 object all-gathers; `aside` is there on every rank, and published when it returns.
+    """
+    aside = aside_of(folder)
+    publishing = ExitStack()
+    with alike(group):
+        if group is None or group.rank() == 0:
+            _check_space(folder, needed_bytes)
+            publishing.enter_context(written_aside(folder))
+    with alike(group), publishing, alike(group):
+        yield aside
+
+
+@contextmanager
+def alike(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """What goes wrong inside on one rank is raised on every rank of the group. Collective: 1 object all-gather.
+
+    `group` None: this process alone. A UserError stays one on every rank, anything else is a RuntimeError elsewhere.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+    if group is not None:
+        mine = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
+        everyone: list[tuple[bool, str] | None] = [None] * group.size()
+        dist.all_gather_object(everyone, mine, group=group)
+        mistake = next((found[1] for found in everyone if found and found[0]), None)
+        if mistake is not None and not isinstance(error, UserError):
+            raise UserError(mistake) from error
+        other = next((found[1] for found in everyone if found), None)
+        if other is not None and error is None:
+            raise RuntimeError(f"another process failed: {other}")
+    if error is not None:
+        raise error
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    existing = next(path for path in folder.absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        sizes = f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        raise UserError(f"cannot write {folder}: no space left on device ({sizes}); nothing was left there")

@@ -1,32 +1,37 @@
 """A model's shards -> Hugging Face tensors, one at a time, and a Hugging Face folder written from them."""
 
-import json
-import shutil
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_opd.checkpoint.folders import written_aside
 from megatron_opd.checkpoint.hf_families import (
-    Weight,
     hf_from_shards,
     hf_shapes,
     model_weights,
     stage_parameters,
 )
-from megatron_opd.checkpoint.hf_import import INDEX_FILE, SINGLE_FILE
-from megatron_opd.checkpoint.weights import copy_tokenizer_files
+from megatron_opd.checkpoint.safetensors_files import FILE_BYTES, SafetensorsFiles, TensorSpec
+from megatron_opd.checkpoint.weights import copy_tokenizer_files, write_config
 from megatron_opd.errors import UserError
-from megatron_opd.models.architecture import Architecture, read_config_json
+from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.families.rows import Weight
 from megatron_opd.models.gpt import GPT
 
-FILE_BYTES = 2 * 10**9
-"""Largest size of an exported safetensors file (a tensor larger than that has a file to itself)."""
+
+@dataclass(frozen=True)
+class _Owner:
+    """Who holds a parameter, and in which dtype."""
+
+    stage: int
+    expert_rank: int
+    dtype: torch.dtype
 
 
 @torch.no_grad()
@@ -35,46 +40,49 @@ def export_hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's Hugging Face tensors one at a time, (name, tensor), on every rank of the replica.
 
+    With expert parallelism: on every rank of the replicas that share the experts.
+
     They have the parameters' dtype and device and real vocabulary rows only; tied embeddings come once. A
     tensor may share the parameter's memory: use or copy it before the next update.
 
-    Collective over the replica's `tp` and `pp` groups: every rank exhausts it, in step. At the start 1 object
-    all-gather over `pp`; then for each sharded parameter 1 all-gather over `tp` (on the stage that has it)
-    and for each Hugging Face tensor 1 broadcast over `pp`; none in a group of one rank.
+    Collective over the replica's `tp`, `pp` and `ep` groups: every rank exhausts it, in step. At the start 1 object
+    all-gather over `pp` and over `ep`; then for each sharded parameter 1 all-gather over `tp` (where it is held), for
+    each Hugging Face tensor of an expert 1 broadcast over `ep` (on its stage), and for each Hugging Face tensor 1
+    broadcast over `pp`; none in a group of one rank.
     """
     mine = stage_parameters(model)
+    owners = _owners(mine, groups)
     device = next(model.parameters()).device
-    owners = _owners(mine, groups.pp)
     exported: set[str] = set()
     for weight in model_weights(arch):
         shapes = hf_shapes(weight, arch)
         if exported.issuperset(shapes):  # the tied LM head
             continue
         exported.update(shapes)
-        stage, dtype = owners[weight.megatron]
-        if stage == groups.pp.rank():
+        owner = owners[weight.megatron]
+        if weight.megatron in mine and owner.stage == groups.pp.rank():
             shards = _gather_shards(weight, mine[weight.megatron], groups.tp)
             tensors = [tensor.contiguous() for tensor in hf_from_shards(weight, arch, shards)]
         else:
-            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes.values()]
+            tensors = [torch.empty(shape, dtype=owner.dtype, device=device) for shape in shapes.values()]
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tensor.shape == shape, f"{name}: made {tensor.shape}, expected {shape}"
+            if weight.expert is not None and groups.ep.size() > 1 and owner.stage == groups.pp.rank():
+                dist.broadcast(tensor, group=groups.ep, group_src=owner.expert_rank)
             if groups.pp.size() > 1:
-                dist.broadcast(tensor, group=groups.pp, group_src=stage)
+                dist.broadcast(tensor, group=groups.pp, group_src=owner.stage)
             yield name, tensor
 
 
-def _owners(mine: dict[str, torch.nn.Parameter], pp: dist.ProcessGroup) -> dict[str, tuple[int, torch.dtype]]:
-    """Parameter name -> (first pipeline stage that has it, dtype)."""
-    dtypes = {name: parameter.dtype for name, parameter in mine.items()}
-    stages: list[dict[str, torch.dtype]] = [dtypes] * pp.size()
-    if pp.size() > 1:
-        dist.all_gather_object(stages, dtypes, group=pp)
-    return {
-        name: (stage, dtype)
-        for stage in reversed(range(len(stages)))
-        for name, dtype in stages[stage].items()
-    }
+def _owners(mine: dict[str, torch.nn.Parameter], groups: ProcessGroupCollection) -> dict[str, _Owner]:
+    """Parameter name -> the first pipeline stage and the first expert-parallel rank that hold it."""
+    held = {name: _Owner(groups.pp.rank(), groups.ep.rank(), param.dtype) for name, param in mine.items()}
+    for group in (groups.pp, groups.ep):
+        if group.size() > 1:
+            others: list[dict[str, _Owner]] = [{}] * group.size()
+            dist.all_gather_object(others, held, group=group)
+            held = {name: owner for part in reversed(others) for name, owner in part.items()}
+    return held
 
 
 def _gather_shards(weight: Weight, parameter: Tensor, tp: dist.ProcessGroup) -> list[Tensor]:
@@ -101,26 +109,43 @@ def save_hf(
     config.json comes from `source_folder` (the folder the model was built from) with `dtype` set to the
     model's. The first rank of the first replica writes, aside first, so that `out_folder` appears when it is
     complete; with `replace` an older one gives way. Weights go into files of at most `file_bytes`, with an
-    index when there are several; that much is held in memory.
+    index when there are several; one tensor at a time is held beside the model.
 
-    Collective over every rank of the model: `export_hf_tensors` in the first replica, then 2 object
-    broadcasts. Raises UserError on every rank alike when `out_folder` exists or cannot be written (disk
-    full).
+    Collective over every rank of the model: `export_hf_tensors` in the first replica (with expert parallelism,
+    in the first replicas that hold all experts together), then 2 object broadcasts. Raises UserError on every
+    rank alike when `out_folder` exists or cannot be written (disk full).
     """
     error: str | None = None
-    if groups.dp_cp.rank() == 0:
+    replicas = (
+        math.lcm(groups.tp.size(), groups.ep.size()) // groups.tp.size()
+    )  # that hold all experts together
+    if groups.dp_cp.rank() < replicas:
         tensors = export_hf_tensors(model, arch, groups)
-        if groups.mp.rank() == 0:
+        if groups.mp.rank() == 0 and groups.dp_cp.rank() == 0:
             try:
                 with written_aside(out_folder, replace=replace) as aside:
-                    _write_config(source_folder, aside, next(model.parameters()).dtype)
+                    write_config(source_folder, aside, next(model.parameters()).dtype)
                     copy_tokenizer_files(source_folder, aside)
-                    _write_safetensors(tensors, aside, file_bytes)
+                    _write_safetensors(tensors, aside, model, arch, file_bytes)
             except UserError as failure:
                 error = str(failure)
         for _ in tensors:  # ranks that do not write take part; after a failure so does the one that does
             pass
     _raise_everywhere(error, groups)
+
+
+def _write_safetensors(
+    tensors: Iterator[tuple[str, Tensor]], folder: Path, model: GPT, arch: Architecture, file_bytes: int
+) -> None:
+    dtype = next(model.parameters()).dtype
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in model_weights(arch):
+        shapes |= hf_shapes(weight, arch)
+    specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]
+    files = SafetensorsFiles(folder, specs, file_bytes)
+    files.create()
+    for name, tensor in tensors:
+        files.write(name, tensor)
 
 
 def _raise_everywhere(error: str | None, groups: ProcessGroupCollection) -> None:
@@ -130,40 +155,3 @@ def _raise_everywhere(error: str | None, groups: ProcessGroupCollection) -> None
         dist.broadcast_object_list(message, group=group, group_src=0)
     if message[0] is not None:
         raise UserError(message[0])
-
-
-def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    config = read_config_json(source)
-    config.pop("torch_dtype", None)  # the older name of the same key
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _write_safetensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, file_bytes: int) -> None:
-    files: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total_bytes = 0
-
-    def flush() -> None:
-        part = folder / f"{len(files)}.part"
-        save_file(pending, part, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", part)  # safetensors lets only the owner read
-        files.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and sum(other.nbytes for other in pending.values()) + tensor.nbytes > file_bytes:
-            flush()
-        pending[name] = tensor.cpu()
-        total_bytes += tensor.nbytes
-    flush()
-    if len(files) == 1:
-        (folder / "0.part").rename(folder / SINGLE_FILE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(files):
-        file_name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / f"{number}.part").rename(folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,127 +1,52 @@
-"""Which Hugging Face tensors make up which megatron parameter: one table a family, for import and export.
+"""The families' tables applied: a model's parameters by name, and Hugging Face tensors -> shards and back.
 
-A row of a table says: megatron's name, how the Hugging Face tensors are laid out in it, how it is cut over
-the tensor-parallel ranks, and names and dimensions of those tensors. `{layer}` is the global layer number,
-from 0.
-
-Layouts (a shard is what one tensor-parallel rank holds):
-
-- `direct`   the tensor itself
-- `qkv`      for each key/value group: its query heads, its key head, its value head (weights and biases)
-- `gate_up`  a shard holds its gate rows, then its up rows
-- `vocab`    rows are token ids, padded with zero rows to the padded vocabulary, which export cuts off again
-
-Shardings: `rows` (dimension 0 cut into TP equal parts), `cols` (dimension 1), `replicated`.
+`models.families.rows` says what the rows, layouts and shardings of a table mean.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.families import FAMILIES
+from megatron_opd.models.families.rows import FIRST, Weight
 from megatron_opd.models.gpt import GPT
 
-Layout = Literal["direct", "qkv", "gate_up", "vocab"]
-Sharding = Literal["rows", "cols", "replicated"]
 ReadSlice = Callable[[str, int, int, int], Tensor]
 """`read(name, dim, start, stop)`: that part of a Hugging Face tensor."""
 
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One megatron parameter and the Hugging Face tensors (name, dimensions) it is made of."""
-
-    megatron: str
-    layout: Layout
-    sharding: Sharding
-    hf: tuple[tuple[str, str], ...]
-
-    @property
-    def in_layer(self) -> bool:
-        """Whether every layer has one (the names then hold `{layer}`)."""
-        return "{layer}" in self.megatron
-
-    def of_layer(self, layer: int) -> "Weight":
-        """This row with the layer's number (global, from 0) filled in."""
-        return replace(
-            self,
-            megatron=self.megatron.format(layer=layer),
-            hf=tuple((name.format(layer=layer), dims) for name, dims in self.hf),
-        )
-
-
-def _row(megatron: str, layout: Layout, sharding: Sharding, hf: dict[str, str]) -> Weight:
-    return Weight(megatron, layout, sharding, tuple(hf.items()))
-
-
-def _layer(megatron: str, layout: Layout, sharding: Sharding, hf: dict[str, str]) -> Weight:
-    in_hf = {f"model.layers.{{layer}}.{name}": dims for name, dims in hf.items()}
-    return _row(f"decoder.layers.{{layer}}.{megatron}", layout, sharding, in_hf)
-
-
-# fmt: off
-_FIRST = _row("embedding.word_embeddings.weight", "vocab", "rows", {EMBEDDING: "vocab hidden"})
-_LAYER = (
-    _layer("input_layernorm.weight", "direct", "replicated", {"input_layernorm.weight": "hidden"}),
-    _layer("self_attention.linear_qkv.weight", "qkv", "rows", {
-        "self_attn.q_proj.weight": "query hidden",
-        "self_attn.k_proj.weight": "key hidden",
-        "self_attn.v_proj.weight": "key hidden",
-    }),
-    _layer("self_attention.linear_proj.weight", "direct", "cols", {
-        "self_attn.o_proj.weight": "hidden query",
-    }),
-    _layer("pre_mlp_layernorm.weight", "direct", "replicated", {"post_attention_layernorm.weight": "hidden"}),
-    _layer("mlp.linear_fc1.weight", "gate_up", "rows", {
-        "mlp.gate_proj.weight": "ffn hidden",
-        "mlp.up_proj.weight": "ffn hidden",
-    }),
-    _layer("mlp.linear_fc2.weight", "direct", "cols", {"mlp.down_proj.weight": "hidden ffn"}),
-)
-_LAST = (
-    _row("decoder.final_layernorm.weight", "direct", "replicated", {"model.norm.weight": "hidden"}),
-    _row("output_layer.weight", "vocab", "rows", {LM_HEAD: "vocab hidden"}),
-)
-_QKV_BIAS = _layer("self_attention.linear_qkv.bias", "qkv", "rows", {
-    "self_attn.q_proj.bias": "query",
-    "self_attn.k_proj.bias": "key",
-    "self_attn.v_proj.bias": "key",
-})
-_QK_NORMS = (
-    _layer("self_attention.q_layernorm.weight", "direct", "replicated", {"self_attn.q_norm.weight": "head"}),
-    _layer("self_attention.k_layernorm.weight", "direct", "replicated", {"self_attn.k_norm.weight": "head"}),
-)
-# fmt: on
-
-FAMILIES: dict[str, tuple[Weight, ...]] = {
-    "llama": (_FIRST, *_LAYER, *_LAST),
-    "qwen2": (_FIRST, *_LAYER, _QKV_BIAS, *_LAST),
-    "qwen3": (_FIRST, *_LAYER, *_QK_NORMS, *_LAST),
-}
-
 
 def model_weights(arch: Architecture) -> Iterator[Weight]:
-    """Every parameter of the whole model, embedding first, then layer by layer.
+    """Every parameter of the whole model, embedding first, then layer by layer, in a layer expert by expert.
 
     With tied embeddings `output_layer.weight`, which only the last of several pipeline stages has, is made of
     the embedding's tensor too.
     """
-    for in_layer, part in groupby(FAMILIES[arch.family], key=lambda weight: weight.in_layer):
+    for in_layer, part in groupby(FAMILIES[arch.family].rows, key=lambda weight: weight.in_layer):
         rows = list(part)
         if in_layer:
             for layer in range(arch.num_layers):
-                yield from (row.of_layer(layer) for row in rows)
+                yield from _of_experts((row.of_layer(layer) for row in rows), arch)
         else:
             for row in rows:
                 tied = arch.tied_embeddings and row.megatron == "output_layer.weight"
-                yield replace(row, hf=_FIRST.hf) if tied else row
+                yield replace(row, hf=FIRST.hf) if tied else row
+
+
+def _of_experts(rows: Iterable[Weight], arch: Architecture) -> Iterator[Weight]:
+    for in_expert, part in groupby(rows, key=lambda weight: weight.in_expert):
+        if not in_expert:
+            yield from part
+            continue
+        assert arch.moe is not None
+        expert_rows = list(part)
+        for expert in range(arch.moe.num_experts):
+            yield from (row.of_expert(expert) for row in expert_rows)
 
 
 def hf_shapes(weight: Weight, arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -133,20 +58,47 @@ def hf_shapes(weight: Weight, arch: Architecture) -> dict[str, tuple[int, ...]]:
         "key": arch.num_kv_groups * arch.head_dim,
         "head": arch.head_dim,
         "ffn": arch.ffn_size,
+        "experts": arch.moe.num_experts if arch.moe else 0,
+        "expert_ffn": arch.moe.expert_ffn_size if arch.moe else 0,
     }
     return {name: tuple(sizes[dim] for dim in dims.split()) for name, dims in weight.hf}
 
 
+def stored_at(weight: Weight, arch: Architecture) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    """Where megatron-core's checkpoint format keeps the parameter: (key of the stored tensor, leading axes).
+
+    The format stacks a parameter of all layers, and of all experts, into one tensor. Each leading axis is
+    (what it counts, this parameter's place, length); the rest of the shape is the parameter's own, whole.
+    """
+    if weight.layer is None:
+        return weight.megatron, ()
+    key = weight.megatron.replace(f"layers.{weight.layer}.", "layers.")
+    axes = [("layer", weight.layer, arch.num_layers)]
+    if weight.expert is not None:
+        assert arch.moe is not None
+        key = key.replace(f"local_experts.{weight.expert}.", "experts.")
+        axes.append(("expert", weight.expert, arch.moe.num_experts))
+    key = key.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    if arch.moe is None:
+        key = key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+    return key, tuple(axes)
+
+
 def stage_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
-    """A pipeline stage's parameters under the names of the tables: layers numbered globally, from 0."""
+    """A rank's parameters under the names of the tables: layers and experts numbered globally, from 0."""
     named = {}
     for name, parameter in model.named_parameters():
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         if match:
-            layer = model.decoder.layers[int(match[1])].layer_number - 1
-            name = f"decoder.layers.{layer}.{match[2]}"
+            layer = model.decoder.layers[int(match[1])]
+            name = f"decoder.layers.{layer.layer_number - 1}.{_with_global_expert(match[2], layer)}"
         named[name] = parameter
     return named
+
+
+def _with_global_expert(name: str, layer: Any) -> str:
+    match = re.fullmatch(r"(mlp\.experts\.local_experts\.)(\d+)(\..+)", name)
+    return f"{match[1]}{layer.mlp.local_expert_indices[int(match[2])]}{match[3]}" if match else name
 
 
 def shard_from_hf(
@@ -190,7 +142,7 @@ def _vocab_shard(name: str, arch: Architecture, read: ReadSlice, width: int, tp_
 def hf_from_shards(weight: Weight, arch: Architecture, shards: Sequence[Tensor]) -> list[Tensor]:
     """The Hugging Face tensors, in the row's order, from every rank's shard (from any one, if replicated)."""
     if weight.sharding == "replicated":
-        return [shards[0]]
+        shards = shards[:1]
     if weight.layout == "gate_up":
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])]

@@ -14,19 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_opd.checkpoint.hf_families import (
-    EMBEDDING,
-    LM_HEAD,
     hf_shapes,
     model_weights,
     shard_from_hf,
     stage_parameters,
 )
+from megatron_opd.checkpoint.safetensors_files import DTYPES, INDEX_FILE, SINGLE_FILE
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.families.rows import EMBEDDING, LM_HEAD
 from megatron_opd.models.gpt import GPT
-
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {"F32", "BF16", "F16"}
 
 
 @torch.no_grad()
@@ -108,7 +105,7 @@ class HfReader:
             where, found, dtype = self._file_of[name], tuple(self._slice(name).get_shape()), self.dtype(name)
             if found != shape:
                 raise UserError(f"{where}: {name} has shape {list(found)}, config.json implies {list(shape)}")
-            if dtype not in _DTYPES:
+            if dtype not in DTYPES:
                 raise UserError(f"{where}: {name} is stored as {dtype}, not in fp32, bf16 or fp16")
         for name in sorted(self.names - set(expected) - optional):
             raise UserError(f"{self._file_of[name]}: unexpected tensor {name}, not part of this architecture")

@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opd.checkpoint.state_read import plain_data_only
 from megatron_opd.checkpoint.weights import STATE, copy_model_files
 from megatron_opd.errors import UserError, why_refused
 
@@ -168,9 +169,10 @@ class CheckpointStore:
                     f"{folder} belongs to a run with {key} = {found}, this one has {value}: give this run a run_dir of "
                     f"its own, or restore {key}"
                 )
-        state = dist_checkpointing.load(
-            sharded_state(model, optimizer, self.groups, is_loading=True), str(folder / STATE)
-        )
+        with plain_data_only(folder / STATE):
+            state = dist_checkpointing.load(
+                sharded_state(model, optimizer, self.groups, is_loading=True), str(folder / STATE)
+            )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return run_state

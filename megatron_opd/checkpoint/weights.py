@@ -5,8 +5,10 @@ model, or a checkpoint of a run) holds the same config.json and tokenizer files 
 dist_checkpointing format, which loads at any layout.
 """
 
+import json
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from megatron.core import dist_checkpointing
@@ -16,8 +18,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.checkpoint.hf_import import load_hf_weights
+from megatron_opd.checkpoint.state_read import StateReader, last_line, plain_data_only
 from megatron_opd.errors import UserError
-from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.architecture import Architecture, read_config_json
 from megatron_opd.models.gpt import GPT
 
 STATE = "state"
@@ -51,6 +54,14 @@ def copy_model_files(source: Path, target: Path) -> None:
     """Copy everything of a model folder that is not weights: config.json and the tokenizer files."""
     shutil.copyfile(source / "config.json", target / "config.json")
     copy_tokenizer_files(source, target)
+
+
+def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write the config.json of `source` to `target` with its `dtype` changed."""
+    config = read_config_json(source)
+    config.pop("torch_dtype", None)  # the older name of the same key
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_model_weights(
@@ -88,40 +99,25 @@ def load_megatron_weights(
     state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
     _check_state(state["model"], arch, folder)
     try:
-        loaded = dist_checkpointing.load(state, str(folder / STATE))
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        raise UserError(f"cannot read {folder / STATE}: {_last_line(error)}") from error
+        with plain_data_only(folder / STATE):
+            loaded = dist_checkpointing.load(state, str(folder / STATE))
+    except (CheckpointException, CheckpointingException, OSError, RuntimeError, UnpicklingError) as error:
+        raise UserError(f"cannot read {folder / STATE}: {last_line(error)}") from error
     model.load_state_dict(loaded["model"])
-
-
-def state_shapes(folder: Path) -> dict[str, ShardedTensor]:
-    """The tensors of a Megatron folder without their data: name -> `global_shape`, `dtype`.
-
-    Raises UserError when the folder holds no readable checkpoint.
-    """
-    try:
-        return dist_checkpointing.load_tensors_metadata(str(folder / STATE))
-    except (CheckpointingException, OSError, ValueError, EOFError) as error:
-        raise UserError(f"{folder / STATE} is not a complete checkpoint: {_last_line(error)}") from error
 
 
 def _check_state(
     wanted: dict[str, ShardedTensor | ShardedTensorFactory], arch: Architecture, folder: Path
 ) -> None:
-    found = state_shapes(folder)
+    found = StateReader(folder / STATE).tensors
     for entry in wanted.values():
         for tensor in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
             if not isinstance(tensor, ShardedTensor):
                 continue
             if tensor.key not in found:
                 raise UserError(f"{folder / STATE} lacks the tensor {tensor.key} that config.json calls for")
-            shape, implied = found[tensor.key].global_shape, tensor.global_shape
+            shape, implied = found[tensor.key].shape, tensor.global_shape
             padded = tensor.allow_shape_mismatch and shape[0] >= arch.vocab_size and shape[1:] == implied[1:]
             if shape != implied and not padded:
                 sizes = f"has shape {list(shape)}, config.json implies {list(implied)}"
                 raise UserError(f"{folder / STATE}: {tensor.key} {sizes}")
-
-
-def _last_line(error: BaseException) -> str:
-    """The cause in one line: torch's checkpoint errors list every rank's traceback, then the cause."""
-    return str(error).strip().rpartition("\n")[2] or type(error).__name__

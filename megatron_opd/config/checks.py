@@ -23,6 +23,8 @@ class ModelSizes(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
+    def num_experts(self) -> int: ...  # a layer; 0 for a dense model
+    @property
     def max_positions(self) -> int: ...
 
 
@@ -100,8 +102,14 @@ def check_layout(
         )
     models = {"student": student, "teacher": teacher} | ({"reference": reference} if reference else {})
     _check_divisible(config.parallel, models)
+    _check_experts(config.parallel, models, data)
     for role, model in models.items():
         _check_rollout(config, role, model)
+        if config.objective.support != "full" and config.objective.k > model.vocab_size:
+            raise UserError(
+                f"objective.k: {config.objective.k} is more than the {role}'s vocabulary of {model.vocab_size}: "
+                "lower it, or set objective.support to full"
+            )
     return config.parallel.model_copy(update={"data": data})
 
 
@@ -117,6 +125,11 @@ def _check_objective(config: Config) -> None:
         raise UserError(
             "reference: nothing reads this model while objective.shaping.reference_weight is 1: set that, or "
             "remove reference"
+        )
+    if config.objective.policy.baseline != "none" and config.training.updates_per_rollout > 1:
+        raise UserError(
+            "objective.policy.baseline: the expected reward of the student that wrote the responses is known for "
+            "the first update only: set it to none, or training.updates_per_rollout to 1"
         )
     if mask.occurrences != "first" and not mask.tokens:
         raise UserError(
@@ -157,6 +170,28 @@ def _check_divisible(parallel: ParallelConfig, models: dict[str, ModelSizes]) ->
         for what, count in counts.items():
             if count % size:
                 raise UserError(f"{key}: {size} does not divide the {count} {what}: use one of {fitting}")
+
+
+def _check_experts(parallel: ParallelConfig, models: dict[str, ModelSizes], data: int) -> None:
+    """Experts over EP, EP over the processes that hold the same layers."""
+    counts = {role: model.num_experts for role, model in models.items() if model.num_experts}
+    expert, key = parallel.expert, "parallel.expert"
+    if expert > 1 and not counts:
+        raise UserError(f"{key}: {expert} processes have no experts to share, no model has any: set it to 1")
+    for role, count in counts.items():
+        if count % expert:
+            raise UserError(f"{key}: {expert} does not divide the {count} experts of the {role}: lower it")
+        if parallel.tensor > 1 and not parallel.sequence_parallel:
+            raise UserError(
+                f"parallel.sequence_parallel: the {role} has experts, which need it when parallel.tensor > 1: set it "
+                "to true"
+            )
+    processes = parallel.tensor * parallel.context * data
+    if processes % expert:
+        raise UserError(
+            f"{key}: {expert} does not divide parallel.tensor * parallel.context * parallel.data = {processes}: lower "
+            "it, or start more processes"
+        )
 
 
 def _check_rollout(config: Config, role: str, model: ModelSizes) -> None:

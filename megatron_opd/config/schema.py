@@ -47,6 +47,11 @@ class ParallelConfig(Section):
         False,
         description="Shard what lies between tensor-parallel regions along the sequence; needs tensor > 1.",
     )
+    expert: PositiveInt = Field(
+        1,
+        description="Processes that share the experts of every layer among them (EP); they are taken from "
+        "tensor * context * data, none are added.",
+    )
 
 
 class DataConfig(Section):
@@ -225,7 +230,7 @@ class ObjectiveConfig(Section):
     remainder: Literal["renormalize", "bucket", "none", "mass_correction", "sampled_tail"] = Field(
         "renormalize",
         description="What a top-K divergence does about the probability outside: renormalize without it, one "
-        "bucket for it, nothing, a correction -p + q per id, an estimate from the sampled token.",
+        "bucket for it, nothing, a correction -p + q per id, an unbiased estimate from the sampled token.",
     )
     gate: GateConfig = GateConfig()
     policy: PolicyConfig = PolicyConfig()

@@ -27,7 +27,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises UserError when the folder is missing or holds no readable tokenizer.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder; check student.path, teacher.path and reference.path")
+        raise UserError(
+            f"{folder}: no such model folder; check student.path, teacher.path and reference.path"
+        )
     if not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     ):

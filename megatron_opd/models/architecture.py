@@ -1,6 +1,7 @@
-"""What a Hugging Face `config.json` says about a dense decoder, as one small dataclass.
+"""What a Hugging Face `config.json` says about a decoder, as one small dataclass.
 
-Supported: Llama, Qwen2 and Qwen3 (dense) with plain RoPE. Everything else is refused with one clear line, at start-up.
+Supported are the families of `families`, dense or with experts in every layer, with the RoPE variants of `rope`.
+Everything else is refused with one clear line, at start-up.
 """
 
 import json
@@ -8,13 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_opd.errors import UserError
+from megatron_opd.models.families import FAMILIES
+from megatron_opd.models.families.rows import Family
+from megatron_opd.models.rope import RopeSettings, read_rope
 
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # HF model_type -> family
+
+@dataclass(frozen=True)
+class MoESettings:
+    """The experts of every layer: a token goes to the `experts_per_token` likeliest of `num_experts`."""
+
+    num_experts: int
+    experts_per_token: int
+    expert_ffn_size: int
+    norm_topk_prob: bool
+    """Whether a token's weights sum to 1; otherwise they are its probabilities under the softmax over all experts."""
+    aux_loss_coefficient: float
+    """Weight of the load-balancing loss in training."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a dense decoder-only transformer. Counts are of the whole model, not of a shard."""
+    """Sizes of a decoder-only transformer. Counts are of the whole model, not of a shard.
+
+    `ffn_size` is that of the dense layers; with `moe` there are none.
+    """
 
     family: str
     num_layers: int
@@ -27,9 +45,15 @@ class Architecture:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
-    rope_theta: float
+    rope: RopeSettings
     norm_eps: float
     max_positions: int
+    moe: MoESettings | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer, 0 in a dense model."""
+        return self.moe.num_experts if self.moe else 0
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of 128 * `tensor_parallel`.
@@ -46,61 +70,86 @@ def read_config_json(folder: Path) -> dict:
         raise UserError(f"model folder not found: {folder} (models are read from folders, not from a hub)")
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} is not a model folder: it has no config.json") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return config
 
 
-def _rope_theta(config: dict, folder: Path) -> float:
-    """RoPE base from either spelling (`rope_parameters` of transformers 5, `rope_theta` before it)."""
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise UserError(
-            f"{folder}/config.json: RoPE scaling '{kind}' is not supported yet, only plain RoPE is"
-        )
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-def _refuse_unsupported(config: dict, family: str, folder: Path) -> None:
+def _refuse_unsupported(config: dict, family: Family, where: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"{folder}/config.json: hidden_act '{config['hidden_act']}' is not supported, only 'silu' is"
-        )
-    rope = config.get("rope_parameters") or {}
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{folder}/config.json: partial_rotary_factor other than 1 is not supported")
-    if config.get("use_sliding_window"):
-        raise UserError(
-            f"{folder}/config.json: sliding-window attention is not supported: set use_sliding_window false"
-        )
+        raise UserError(f"{where}: hidden_act '{config['hidden_act']}' is not supported, only 'silu' is")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
-            raise UserError(f"{folder}/config.json: {key}=true is not supported for {family}")
+            raise UserError(f"{where}: {key}=true is not supported for {family.model_type}")
+    _refuse_windows(config, family, where)
+
+
+def _refuse_windows(config: dict, family: Family, where: str) -> None:
+    """Attention that does not see every earlier position; a window that holds all positions is none."""
+    windowed = family.windowed or config.get("use_sliding_window")
+    window = config.get("sliding_window", 4096) if windowed else None  # 4096: transformers' default
+    if window is not None and window < config.get("max_position_embeddings", 2048):
+        remedy = "set sliding_window null" if family.windowed else "set use_sliding_window false"
+        raise UserError(
+            f"{where}: sliding-window attention ({window} positions) is not supported: {remedy}, or set "
+            f"max_position_embeddings to {window} if no sequence is longer"
+        )
+    for kind in config.get("layer_types") or ():
+        if kind != "full_attention" and not (windowed and kind == "sliding_attention"):
+            raise UserError(f"{where}: layers of type '{kind}' are not supported, only 'full_attention' is")
+
+
+def _read_moe(config: dict, where: str) -> MoESettings:
+    """The experts' settings. Raises UserError when some layers have none, KeyError for a missing key."""
+    if config.get("mlp_only_layers"):
+        raise UserError(f"{where}: mlp_only_layers is not supported: every layer has to have experts")
+    if config.get("decoder_sparse_step", 1) != 1:
+        raise UserError(f"{where}: decoder_sparse_step other than 1 is not supported")
+    moe = MoESettings(
+        num_experts=config.get("num_local_experts")
+        or config["num_experts"],  # transformers 5's name, and the older
+        experts_per_token=config["num_experts_per_tok"],
+        expert_ffn_size=config["moe_intermediate_size"],
+        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+        # transformers adds this loss only where the router's logits are asked for
+        aux_loss_coefficient=float(
+            config.get("router_aux_loss_coef", 0.001) if config.get("output_router_logits") else 0.0
+        ),
+    )
+    if not 0 < moe.experts_per_token <= moe.num_experts:
+        raise UserError(
+            f"{where}: num_experts_per_tok {moe.experts_per_token} does not fit {moe.num_experts} experts"
+        )
+    if moe.experts_per_token == 1 and moe.norm_topk_prob:
+        raise UserError(
+            f"{where}: norm_topk_prob with one expert a token is not supported: no router can learn"
+        )
+    return moe
 
 
 def read_architecture(folder: str | Path) -> Architecture:
     """Read `folder/config.json` (a Hugging Face or a Megatron folder).
 
-    Raises UserError for a missing folder, an unknown family, a RoPE scaling variant or any other unsupported setting.
+    Raises UserError for a missing folder, an unknown family, or any unsupported setting.
     """
     folder = Path(folder)
     config = read_config_json(folder)
+    where = f"{folder}/config.json"
     model_type = config.get("model_type", "?")
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise UserError(
-            f"{folder}/config.json: model_type '{model_type}' is not supported; supported: {known}"
-        )
+        raise UserError(f"{where}: model_type '{model_type}' is not supported; supported: {known}")
     family = FAMILIES[model_type]
-    _refuse_unsupported(config, family, folder)
+    _refuse_unsupported(config, family, where)
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         return Architecture(
-            family=family,
+            family=model_type,
             num_layers=config["num_hidden_layers"],
             hidden_size=hidden,
             num_heads=heads,
@@ -109,11 +158,12 @@ def read_architecture(folder: str | Path) -> Architecture:
             ffn_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            rope_theta=_rope_theta(config, folder),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            rope=read_rope(config, where),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             max_positions=config.get("max_position_embeddings", 2048),
+            moe=_read_moe(config, where) if family.experts else None,
         )
     except KeyError as error:
-        raise UserError(f"{folder}/config.json lacks the key {error}") from None
+        raise UserError(f"{where} lacks the key {error}") from None

@@ -18,11 +18,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.architecture import Architecture, MoESettings
 from megatron_opd.models.layers import local_block_spec
 from megatron_opd.parallel.groups import ParallelLayout
 
@@ -83,12 +84,14 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's config for this architecture, layout, precision ("bf16", "fp32") and recompute policy."""
     dtype = DTYPES[precision]
+    _, rope_factor = arch.rope.frequencies(arch.head_dim, arch.max_positions)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
         num_query_groups=arch.num_kv_groups,
         kv_channels=arch.head_dim,
+        softmax_scale=rope_factor**2 / arch.head_dim**0.5,  # the factor of queries times that of keys
         ffn_hidden_size=arch.ffn_size,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
@@ -116,8 +119,24 @@ def transformer_config(
         variable_seq_lengths=layout.pipeline > 1,  # microbatches differ in length
         moe_token_dispatcher_type="alltoall",  # megatron-core demands it with variable lengths, MoE or not
         calculate_per_token_loss=True,
+        **_expert_settings(arch.moe, layout),
         **RECOMPUTE[recompute],
     )
+
+
+def _expert_settings(moe: MoESettings | None, layout: ParallelLayout) -> dict[str, Any]:
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.expert_ffn_size,
+        "moe_router_topk": moe.experts_per_token,
+        "moe_router_pre_softmax": not moe.norm_topk_prob,  # softmax over the chosen experts sums to 1
+        "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss_coefficient else "none",
+        "moe_aux_loss_coeff": moe.aux_loss_coefficient,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def build_gpt(
@@ -136,7 +155,9 @@ def build_gpt(
     """
     config = transformer_config(arch, layout, precision=precision, recompute=recompute)
     tp_rank, pp_rank = groups.tp.rank(), groups.pp.rank()
-    model_parallel_cuda_manual_seed(0, force_reset_rng=True, tp_rank=tp_rank, ep_rank=0, etp_rank=tp_rank)
+    model_parallel_cuda_manual_seed(
+        0, force_reset_rng=True, tp_rank=tp_rank, ep_rank=groups.ep.rank(), etp_rank=0
+    )
     model = GPT(
         config=config,
         transformer_layer_spec=local_block_spec(config, pp_rank),
@@ -146,9 +167,9 @@ def build_gpt(
         post_process=pp_rank == layout.pipeline - 1,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=arch.rope_theta,
         pg_collection=groups,
     )
+    model.rotary_pos_emb.inv_freq = arch.rope.frequencies(arch.head_dim, arch.max_positions)[0]
     _mark_shards(model)
     return model
 
@@ -157,12 +178,19 @@ def _mark_shards(model: GPT) -> None:
     """Mark the tensor-parallel weights as shards, which megatron-core does only while it initialises them.
 
     Without the mark all ranks but the first leave their shard out of the gradient norm: a silent error in clipping.
+    Experts are marked too: what a rank holds counts there, in the expert-parallel group.
+
+    Experts are also marked as not shared with the dense layers' data-parallel group. megatron-core does so only with
+    expert parallelism; without it their gradients would miss the tokens of the other tensor-parallel ranks.
     """
     sharded_along = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         dim = sharded_along.get(type(module))
         if dim is not None and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+        if isinstance(module, SequentialMLP):
+            for parameter in module.parameters():
+                parameter.allreduce = False
 
 
 def packed_forward(

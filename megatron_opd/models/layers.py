@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -102,9 +103,24 @@ class PackedAttention(torch.nn.Module):
         return out_SALD.transpose(1, 2)[inside_SL].flatten(1)
 
 
+class Router(TopKRouter):
+    """megatron-core's router, its logits in float32 whatever the dtype of the model.
+
+    megatron-core's own float32 path needs transformer-engine, which it does not check.
+    """
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[T, B, H] -> logits [T, B, experts], float32."""
+        return F.linear(input.float(), self.weight.float())
+
+
 def local_block_spec(config: TransformerConfig, pipeline_rank: int) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage without transformer-engine: megatron-core's local spec with the parts above."""
-    layer = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"))
+    layer = copy.deepcopy(
+        get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        )
+    )
     modules = layer.submodules
     modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
     modules.self_attn_bda = modules.mlp_bda = add_residual
@@ -112,5 +128,9 @@ def local_block_spec(config: TransformerConfig, pipeline_rank: int) -> Transform
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts:
+        modules.mlp.submodules.router = Router
+        # The norm before experts is not fused with anything under transformer-engine either: one checkpoint for both.
+        del modules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     count = get_num_layers_to_build(config, pp_rank=pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -4,7 +4,8 @@ megatron-core 0.16.1 calls `torch.cuda` unconditionally and has the device's nam
 
 1. gives `torch.cuda` the few functions megatron-core calls, for a device without streams (`_TORCH_CUDA`),
 2. replaces the literals 'cuda' and 'torch.cuda.FloatTensor' in the functions of `_CUDA_LITERALS` by their CPU form,
-3. points the RNG tracker at the CPU generator, and makes `Tensor.cuda()` return the tensor itself,
+3. points the RNG tracker at the CPU generator, makes `Tensor.cuda()` return the tensor itself, and has the exchange of
+   tokens between experts read its counts where they are,
 4. has glibc keep freed memory, as the CUDA allocator does, instead of giving it back and faulting it in again.
 
 It does nothing where CUDA exists, refuses a megatron-core it was not checked with, and raises when a listed function no
@@ -103,6 +104,12 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool
     torch.set_rng_state(new_state)
 
 
+def _count_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """megatron-core's function converts only what it moves."""
+    del record_stream
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _stream(device: Any = None) -> _Stream:
     del device
     return _Stream()
@@ -183,6 +190,7 @@ def install() -> bool:
         return False
     _check_version()
     from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     _keep_freed_memory()
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(
@@ -193,6 +201,7 @@ def install() -> bool:
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _replace(tensor_parallel_random, "_get_cuda_rng_state", lambda device=None, **kwargs: _get_rng_state())
     _replace(tensor_parallel_random, "_set_cuda_rng_state", _set_rng_state)
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _count_to_host)
     for module, qualified_names in _CUDA_LITERALS.items():
         for qualified_name in qualified_names:
             function = _innermost_function(module, qualified_name)

@@ -2,7 +2,8 @@
 
 Every model (student, teacher) has a layout and a collection of its own, on the ranks `rank_offset ...
 rank_offset + layout.world_size - 1`; `initialize_model_parallel` is never called, so two layouts live side by side.
-Ranks are ordered tensor-fastest: tp, cp, dp, pp (megatron-core's default order "tp-cp-ep-dp-pp").
+Ranks are ordered tensor-fastest: tp, cp, dp, pp (megatron-core's default order "tp-cp-ep-dp-pp"). Experts are spread
+over the same ranks in a second grid, ep, (rest of tp, cp and dp), pp: neighbours share the experts, each one whole.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ class ParallelLayout:
     """How many ranks share a model: tensor, pipeline, context and data parallel sizes.
 
     `sequence_parallel` shards the activations between the tensor-parallel regions along the sequence as well.
+    `expert` of the tensor * context * data ranks that hold the same layers share the experts of a mixture among them,
+    instead of holding all; an expert is never cut. It adds no ranks.
     """
 
     tensor: int = 1
@@ -25,6 +28,7 @@ class ParallelLayout:
     context: int = 1
     data: int = 1
     sequence_parallel: bool = False
+    expert: int = 1
 
     @property
     def world_size(self) -> int:
@@ -33,6 +37,8 @@ class ParallelLayout:
 
     def __str__(self) -> str:
         names = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}
+        if self.expert > 1:
+            names["EP"] = self.expert
         return "·".join(f"{name}{size}" for name, size in names.items()) + (
             "·SP" if self.sequence_parallel else ""
         )
@@ -48,6 +54,13 @@ _GROUPS: dict[str, list[str]] = {
     "tp_cp": ["tp", "cp"],
     "tp_dp_cp": ["tp", "cp", "dp"],
 }
+_EXPERT_GROUPS: dict[str, list[str]] = {
+    "ep": ["ep"],
+    "expt_tp": ["tp"],
+    "expt_dp": ["dp"],
+    "tp_ep": ["tp", "ep"],
+    "tp_ep_pp": ["tp", "ep", "pp"],
+}
 
 
 def _subgroup(rank_lists: list[list[int]]) -> dist.ProcessGroup | None:
@@ -61,24 +74,27 @@ def _subgroup(rank_lists: list[list[int]]) -> dist.ProcessGroup | None:
 
 
 def build_groups(layout: ParallelLayout, rank_offset: int = 0) -> ProcessGroupCollection:
-    """The process groups of a model with this layout. Collective: every rank of WORLD calls it, in the same order.
-
-    Expert groups stand for "no experts": `ep` has this rank alone, expert tensor/data groups equal the dense ones.
-    """
+    """The process groups of a model with this layout. Collective: every rank of WORLD calls it, in the same order."""
+    same_layers = layout.tensor * layout.context * layout.data
+    assert same_layers % layout.expert == 0, f"{layout}: EP does not divide TP * CP * DP"
     grid = HyperCommGrid(
         [layout.tensor, layout.context, layout.data, layout.pipeline],
         ["tp", "cp", "dp", "pp"],
         rank_offset=rank_offset,
     )
-    groups = ProcessGroupCollection(**{name: grid.create_pg(dims) for name, dims in _GROUPS.items()})
+    experts = HyperCommGrid(
+        [1, layout.expert, same_layers // layout.expert, layout.pipeline],
+        ["tp", "ep", "dp", "pp"],
+        rank_offset=rank_offset,
+    )
+    groups = ProcessGroupCollection(
+        **{name: grid.create_pg(dims) for name, dims in _GROUPS.items()},
+        **{name: experts.create_pg(dims) for name, dims in _EXPERT_GROUPS.items()},
+    )
     pipelines = grid.get_rank_enum("pp")
     groups.embd = _subgroup([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
     groups.pos_embd = _subgroup([[ranks[0]] for ranks in pipelines])
-    groups.ep = _subgroup([[rank] for rank in range(rank_offset, rank_offset + layout.world_size)])
-    groups.expt_tp = groups.tp
-    groups.tp_ep = groups.tp
-    groups.tp_ep_pp = groups.mp
-    groups.expt_dp = groups.intra_expt_dp = groups.dp_cp
+    groups.intra_expt_dp = groups.expt_dp
     groups.intra_dp_cp = groups.dp_cp
     groups.intra_dist_opt = _subgroup([list(range(rank_offset, rank_offset + layout.world_size))])
     groups.inter_dist_opt = None

@@ -2,7 +2,8 @@
 
 - `sampling`: how a token is drawn from logits, and the noise it is drawn with.
 - `local`: `LocalEngine`, which generates on the training ranks with the model's own weights.
-- `decoder`, `kv_cache`, `projection`: the forward pass of one pipeline stage with cached keys and values.
+- `decoder`, `feed_forward`, `kv_cache`, `projection`: the forward pass of one pipeline stage, with cached keys and
+  values.
 - `sharded`: the data-parallel replicas each generate a share.
 
 May import models, parallel and data; never training, teacher or checkpoint.

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import GPT
 from megatron_opd.models.layers import PackedAttention
+from megatron_opd.rollout.feed_forward import FeedForward, read_feed_forward
 from megatron_opd.rollout.kv_cache import KVCache
 from megatron_opd.rollout.projection import Projection, project
 
@@ -35,24 +37,26 @@ class _Layer:
     key_norm: Tensor | None
     attention_out: Projection
     mlp_norm: Tensor
-    gate_and_up: Projection
-    down: Projection
+    feed_forward: FeedForward
 
 
 class StageDecoder:
     """This rank's layers with their present weights; `rows` is how many sequences will be decoded together.
 
-    Make it anew when the weights have changed. Collectives of a pass under TP > 1: 1 all-reduce [N, H] for the
+    Make it anew when the weights have changed: collective over `groups.ep` for a model with experts, of which a
+    replica then holds all (`feed_forward`). Collectives of a pass under TP > 1: 1 all-reduce [N, H] for the
     embedding (first stage) and 2 a layer.
     """
 
-    def __init__(self, model: GPT, arch: Architecture, tp: dist.ProcessGroup, *, rows: int) -> None:
+    def __init__(self, model: GPT, arch: Architecture, groups: ProcessGroupCollection, *, rows: int) -> None:
+        tp = groups.tp
         self._model, self._tp, self._eps = model, tp, arch.norm_eps
         self.head_dim = arch.head_dim
         self.groups = arch.num_kv_groups // tp.size()
         self.heads_per_group = arch.num_heads // arch.num_kv_groups
-        self.layers = [_read_layer(layer, rows) for layer in model.decoder.layers]
-        self._prompt_attention = PackedAttention(model.config)
+        self.layers = [_read_layer(layer, groups, rows) for layer in model.decoder.layers]
+        self._softmax_scale = model.config.softmax_scale
+        self._prompt_attention = PackedAttention(model.config, self._softmax_scale)
         if model.pre_process:
             self._embedding_VH = model.embedding.word_embeddings.weight.detach()
         if model.post_process:
@@ -106,7 +110,7 @@ class StageDecoder:
         """One new token a sequence through the stage; its keys and values enter the cache."""
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return cache.attend(layer, query, key, value).flatten(1)
+            return cache.attend(layer, query, key, value, self._softmax_scale).flatten(1)
 
         residual_NH = self._run_layers(residual_NH, rope, attend)
         cache.advance()
@@ -132,8 +136,8 @@ class StageDecoder:
             rotated = self._rotate(self._norm_heads(qkv, layer), rope)
             attended = attend(index, rotated[:, :, :heads], rotated[:, :, heads], qkv[:, :, heads + 1])
             residual_NH = residual_NH + self._sum(layer.attention_out(attended))
-            gate, up = layer.gate_and_up(self._norm(residual_NH, layer.mlp_norm)).chunk(2, -1)
-            residual_NH = residual_NH + self._sum(layer.down(F.silu(gate).mul_(up)))
+            normed_NH = self._norm(residual_NH, layer.mlp_norm)
+            residual_NH = residual_NH + self._sum(layer.feed_forward(normed_NH))
         return residual_NH
 
     def _norm_heads(self, qkv: Tensor, layer: _Layer) -> Tensor:
@@ -157,8 +161,8 @@ class StageDecoder:
         return partial
 
 
-def _read_layer(layer: Any, rows: int) -> _Layer:
-    attention, mlp = layer.self_attention, layer.mlp
+def _read_layer(layer: Any, groups: ProcessGroupCollection, rows: int) -> _Layer:
+    attention = layer.self_attention
     norms = (attention.q_layernorm, attention.k_layernorm)  # without weights in families that have none
     query_norm, key_norm = (norm.weight.detach() if hasattr(norm, "weight") else None for norm in norms)
     return _Layer(
@@ -168,6 +172,5 @@ def _read_layer(layer: Any, rows: int) -> _Layer:
         key_norm=key_norm,
         attention_out=project(attention.linear_proj.weight, rows=rows),
         mlp_norm=layer.pre_mlp_layernorm.weight.detach().float(),
-        gate_and_up=project(mlp.linear_fc1.weight, rows=rows),
-        down=project(mlp.linear_fc2.weight, rows=rows),
+        feed_forward=read_feed_forward(layer.mlp, groups, rows=rows),
     )

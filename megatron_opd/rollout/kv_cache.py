@@ -53,10 +53,13 @@ class KVCache:
         self.keys[layer][rows_N, :, slots_N] = key_NGD
         self.values[layer][rows_N, :, slots_N] = value_NGD
 
-    def attend(self, layer: int, query_BGRD: Tensor, key_BGD: Tensor, value_BGD: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, query_BGRD: Tensor, key_BGD: Tensor, value_BGD: Tensor, scale: float
+    ) -> Tensor:
         """Write one token a sequence into the slot after the filled ones and attend to all: [B, G, R, D].
 
-        The query heads of a group stand where the query positions usually do: they share keys and values.
+        `scale` multiplies the products of queries and keys. The query heads of a group stand where the query
+        positions usually do: they share keys and values.
         """
         slot = self.filled
         keys, values = self.keys[layer], self.values[layer]
@@ -64,7 +67,7 @@ class KVCache:
         values[:, :, slot] = value_BGD
         mask = None if self._mask is None else self._mask[..., : slot + 1]
         return F.scaled_dot_product_attention(
-            query_BGRD, keys[:, :, : slot + 1], values[:, :, : slot + 1], attn_mask=mask
+            query_BGRD, keys[:, :, : slot + 1], values[:, :, : slot + 1], attn_mask=mask, scale=scale
         )
 
     def advance(self) -> None:

@@ -70,14 +70,15 @@ class LocalEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
         """`sampling.n` responses to each prompt of this replica, in prompt order, then sample order.
 
-        Collective over the replica: all its ranks call it with the same arguments and return the same list.
-        Raises UserError, on all of them, when the logits are not finite.
+        Collective over the replica: all its ranks call it with the same arguments and return the same list. With
+        expert parallelism it begins with a collective over these ranks, so every replica calls it, even without
+        prompts. Raises UserError, on all ranks of the replica, when the logits are not finite.
         """
-        if not prompts:
+        if not prompts and self._groups.ep.size() == 1:
             return []
         rows = len(prompts) * sampling.n
-        step = min(self._max_batch or rows, rows)
-        decoder = StageDecoder(self._model, self._arch, self._groups.tp, rows=step)
+        step = max(min(self._max_batch or rows, rows), 1)
+        decoder = StageDecoder(self._model, self._arch, self._groups, rows=step)
         keys = [(prompt, sample) for prompt in prompts for sample in range(sampling.n)]
         rollouts: list[Rollout] = []
         for start in range(0, rows, step):

@@ -57,7 +57,7 @@ class Student:
         """Clip and apply the reduced gradients; returns (global gradient norm before clipping, applied).
 
         A norm that is not finite skips the update on all ranks alike: they decide from the same reduced number.
-        1 all-reduce of one number.
+        1 all-reduce of one number, 2 for a model with experts.
         """
         found_inf = self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -65,7 +65,8 @@ class Student:
             return norm, False
         limit = self.optimizer.config.clip_grad
         if limit > 0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), max_norm=limit, total_norm=norm)
+            for part in _parts(self.optimizer):
+                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=limit, total_norm=norm)
         return norm, bool(self.optimizer.step_with_ready_grads())
 
 
@@ -111,9 +112,14 @@ def build_student(
     return Student(gpt.train(), ddp, optimizer, _build_schedule(optimizer, config, steps), config)
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """megatron-core has an optimizer of its own for experts, chained to that of the dense weights."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
     """torch's AdamW has a fused kernel on every device; megatron-core does not ask for it."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in _parts(optimizer):
         if isinstance(inner.optimizer, torch.optim.Adam):
             for group in inner.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False

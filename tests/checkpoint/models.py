@@ -1,6 +1,7 @@
 """Small random Hugging Face models of every family, and the forward pass of a folder at a layout."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,10 +10,14 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from megatron_opd.checkpoint.hf_export import export_hf_tensors
@@ -20,7 +25,7 @@ from megatron_opd.checkpoint.hf_families import stage_parameters
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.models.gpt import build_gpt, packed_forward
-from megatron_opd.models.lm_head import logits_shard
+from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.parallel.schedule import run_schedule
@@ -34,10 +39,22 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-FAMILIES = {
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 24,
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 TOKENS = torch.arange(40) * 7 % VOCAB
 
@@ -50,11 +67,16 @@ def write_hf(
     vocab_size: int = VOCAB,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
+    **settings: Any,
 ) -> Path:
-    """A Hugging Face folder with random weights, biases and norms (transformers starts those at 0 and 1)."""
+    """A Hugging Face folder with random weights, biases and norms (transformers starts those at 0 and 1).
+
+    `settings` go into its config.json.
+    """
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(1)
-    config = config_class(**SIZES, **extra, vocab_size=vocab_size, tie_word_embeddings=tied)
+    settings = {**SIZES, **extra, "vocab_size": vocab_size, "tie_word_embeddings": tied, **settings}
+    config = config_class(**settings)
     model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,19 +112,23 @@ def megatron_results(
         for parameter in model.parameters():
             parameter.fill_(99.0)  # nothing may keep its first value
     load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
+    model.eval()
 
     def forward_step(inputs, stage):
         tokens = next(inputs)
         hidden = packed_forward(
             stage, tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
         )
-        return hidden, lambda output, non_loss_data: output[:, 0]
+        positions, sharded = torch.arange(len(tokens)), layout.sequence_parallel
+        return hidden, lambda output, non_loss_data: select_positions(
+            output, positions, group=groups.tp, sequence_parallel=sharded
+        )
 
     outputs = run_schedule(forward_step, [TOKENS], model, groups, count=1, forward_only=True, collect=True)
     logits = None
     if outputs:
         with torch.no_grad():
-            shard = logits_shard(outputs[0], model.head_weight)
+            shard = logits_shard(outputs[0], model.head_weight, groups.tp)
         shards = [torch.empty_like(shard) for _ in range(layout.tensor)]
         dist.all_gather(shards, shard, group=groups.tp)
         logits = torch.cat(shards, dim=1)[:, : arch.vocab_size]

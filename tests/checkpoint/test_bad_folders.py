@@ -2,18 +2,19 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from megatron_opd.checkpoint import hf_export
 from megatron_opd.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_opd.checkpoint.folders import written_aside
+from megatron_opd.checkpoint.safetensors_files import SafetensorsFiles
 from megatron_opd.errors import UserError
 from megatron_opd.parallel.groups import ParallelLayout
 from tests.checkpoint.models import megatron_results, write_hf
@@ -46,6 +47,10 @@ def megatron_folder(good_megatron: Path, tmp_path: Path) -> Path:
 def file_of(folder: Path, name: str) -> Path:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     return folder / index["weight_map"][name]
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -159,7 +164,8 @@ def test_existing_output_and_wrong_kind_of_folder(folder, megatron_folder, tmp_p
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "missing", "no metadata", "more layers", "larger vocabulary", "untied"]
+    "damage",
+    ["cut", "missing", "no metadata", "half of .metadata", "more layers", "larger vocabulary", "untied"],
 )
 def test_megatron_folder_that_is_damaged_or_does_not_fit(megatron_folder, tmp_path, damage):
     config = json.loads((megatron_folder / "config.json").read_text())
@@ -169,19 +175,25 @@ def test_megatron_folder_that_is_damaged_or_does_not_fit(megatron_folder, tmp_pa
         "cut": "cannot read",
         "missing": "cannot read",
         "no metadata": "is not a complete checkpoint",
+        "half of .metadata": ".metadata is not to be trusted or damaged",
         "more layers": "has shape [4, 64], config.json implies [6, 64]",
         "larger vocabulary": "word_embeddings.weight has shape [256, 64], config.json implies [384, 64]",
         "untied": "lacks the tensor output_layer.weight",
     }[damage]
     if damage == "cut":
-        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+        halve(data)
     elif damage == "missing":
         data.unlink()
     elif damage == "no metadata":
         (state / "metadata.json").unlink()
+    elif damage == "half of .metadata":
+        halve(state / ".metadata")
     else:
-        changes = {"num_hidden_layers": 6} if damage == "more layers" else {"tie_word_embeddings": False}
-        changes = {"vocab_size": 300} if damage == "larger vocabulary" else changes
+        changes = {
+            "more layers": {"num_hidden_layers": 6},
+            "larger vocabulary": {"vocab_size": 300},
+            "untied": {"tie_word_embeddings": False},
+        }[damage]
         (megatron_folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError) as caught:
         megatron_to_hf(megatron_folder, tmp_path / "out")
@@ -190,31 +202,36 @@ def test_megatron_folder_that_is_damaged_or_does_not_fit(megatron_folder, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"megatron"}
 
 
-def full_disk_on_first_rank(folder: Path, out: Path, layout: ParallelLayout, error: Exception) -> str | None:
-    def save_file_on_full_disk(*_args: object, **_options: object) -> None:
-        raise error
+def full_disk_on_first_rank(folder: Path, out: Path, layout: ParallelLayout) -> str | None:
+    def write_on_full_disk(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    original, hf_export.save_file = hf_export.save_file, save_file_on_full_disk
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsFiles, "write", write_on_full_disk)
         return save_from_layout(folder, out, layout, file_bytes=60_000)
-    finally:
-        hf_export.save_file = original
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
-    ids=["OSError", "SafetensorError"],
-)
-def test_full_disk_during_export_is_one_line_on_every_rank(gloo, folder, tmp_path, error):
+def test_full_disk_during_export_is_one_line_on_every_rank(gloo, folder, tmp_path):
     out, layout = tmp_path / "out", ParallelLayout(data=2, pipeline=2)
-    messages = gloo(4, full_disk_on_first_rank, folder, out, layout, error)
+    messages = gloo(4, full_disk_on_first_rank, folder, out, layout)
     assert messages == [f"cannot write {out}: no space left on device; nothing was left there"] * 4
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
     assert gloo(4, save_from_layout, folder, out, layout) == [None] * 4
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(
+    folder, megatron_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "megatron_opd.checkpoint.folders.shutil.disk_usage", lambda _: SimpleNamespace(free=1000)
+    )
+    before = set(tmp_path.iterdir())
+    for convert, source in ((hf_to_megatron, folder), (megatron_to_hf, megatron_folder)):
+        out = tmp_path / "new" / "out"
+        expected = f"cannot write {out}: no space left on device \\(0.00 GB needed, 0.00 GB free\\)"
+        with pytest.raises(UserError, match=expected):
+            convert(source, out)
+        assert set(tmp_path.iterdir()) == before
 
 
 def test_folder_is_complete_or_not_there(tmp_path):

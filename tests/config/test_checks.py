@@ -20,6 +20,7 @@ class Sizes:
     num_kv_groups: int = 4
     vocab_size: int = 1000
     max_positions: int = 4096
+    num_experts: int = 0
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -50,6 +51,38 @@ def test_layouts_that_fit(parallel: dict[str, Any], world_size: int) -> None:
     layout = check_layout(config(parallel=parallel), Sizes(), Sizes(num_layers=48), world_size)
     assert processes_needed(layout) == world_size
     assert layout.data is not None and layout.sequence_parallel == parallel.get("sequence_parallel", False)
+
+
+EXPERTS = Sizes(num_experts=6)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size"),
+    [
+        ({"expert": 2}, 2),
+        ({"expert": 3, "pipeline": 2}, 6),
+        ({"expert": 2, "tensor": 2, "sequence_parallel": True}, 2),
+    ],
+)
+def test_layouts_that_fit_experts(parallel: dict[str, Any], world_size: int) -> None:
+    for student, teacher in ((EXPERTS, Sizes()), (Sizes(), EXPERTS)):
+        assert (
+            check_layout(config(parallel=parallel), student, teacher, world_size).expert == parallel["expert"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "teacher", "expected"),
+    [
+        ({"expert": 4}, EXPERTS, r"parallel\.expert: 4 does not divide the 6 experts of the teacher"),
+        ({"expert": 2}, Sizes(), r"parallel\.expert: .*no model has any: set it to 1"),
+        ({"expert": 3}, EXPERTS, r"parallel\.expert: 3 does not divide .* = 2: lower it"),
+        ({"tensor": 2}, EXPERTS, r"parallel\.sequence_parallel: the teacher has experts.*set it to true"),
+    ],
+)
+def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Sizes, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        check_layout(config(parallel=parallel), Sizes(), teacher, 2)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +153,19 @@ def test_layouts_that_fit(parallel: dict[str, Any], world_size: int) -> None:
             {"objective": {"shaping": {"reference_weight": 1.25}}},
             1,
             r"reference: objective\.shaping\.reference_weight = 1\.25 needs a reference model: give reference\.p",
+        ),
+        (
+            {
+                "objective": {"divergence": "policy_gradient", "policy": {"baseline": "reverse_kl"}},
+                "training": {"updates_per_rollout": 2},
+            },
+            1,
+            r"objective\.policy\.baseline: .* training\.updates_per_rollout to 1",
+        ),
+        (
+            {"objective": {"support": "teacher_topk", "k": 10**6}},
+            1,
+            r"objective\.k: 1000000 is more than the student's vocabulary of \d+: lower it",
         ),
         ({"reference": {"path": "r"}}, 1, r"reference: nothing reads this model .*remove reference"),
         (

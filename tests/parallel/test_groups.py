@@ -49,3 +49,28 @@ def _two_models() -> float:
 
 def test_two_layouts_live_side_by_side(gloo):
     assert gloo(4, _two_models) == [3.0, 3.0, 7.0, 7.0]
+
+
+EXPERT_LAYOUTS = [
+    (ParallelLayout(data=4, expert=2), [[0, 1], [2, 3]], [[0, 2], [1, 3]]),
+    (ParallelLayout(tensor=2, data=2, expert=2), [[0, 1], [2, 3]], [[0, 2], [1, 3]]),
+    (ParallelLayout(tensor=2, data=2, expert=4), [[0, 1, 2, 3]], [[0], [1], [2], [3]]),
+    (ParallelLayout(pipeline=2, data=2, expert=2), [[0, 1], [2, 3]], [[0], [1], [2], [3]]),
+    (ParallelLayout(tensor=2, data=2), [[0], [1], [2], [3]], [[0, 1, 2, 3]]),
+]
+
+
+def _expert_members(layout: ParallelLayout) -> dict[str, list[int]]:
+    groups = build_groups(layout)
+    names = ("ep", "expt_dp", "expt_tp", "tp_ep", "tp_ep_pp")
+    return {name: sorted(dist.get_process_group_ranks(getattr(groups, name))) for name in names}
+
+
+@pytest.mark.parametrize(("layout", "sharing", "replicas"), EXPERT_LAYOUTS, ids=lambda x: str(x))
+def test_experts_are_shared_among_neighbours(gloo, layout, sharing, replicas):
+    """`sharing` ranks have different experts, `replicas` the same ones; an expert is never cut."""
+    for rank, members in enumerate(gloo(4, _expert_members, layout)):
+        assert members["ep"] == members["tp_ep"] and members["ep"] in sharing
+        assert members["expt_dp"] in replicas and members["expt_tp"] == [rank]
+        assert len(members["tp_ep_pp"]) == layout.expert * layout.pipeline
+        assert all(rank in ranks for ranks in members.values())

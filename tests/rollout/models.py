@@ -58,7 +58,7 @@ def full_logits(model: GPT, arch: Architecture, tokens: list[int]) -> torch.Tens
     with torch.no_grad():
         offsets = torch.tensor([0, len(tokens)], dtype=torch.int32)
         hidden = packed_forward(model, torch.tensor(tokens), torch.arange(len(tokens)), offsets)
-        return logits_shard(hidden[:, 0], model.head_weight)[:, : arch.vocab_size]
+        return logits_shard(hidden[:, 0], model.head_weight, model.pg_collection.tp)[:, : arch.vocab_size]
 
 
 def reference(folder: Path, sampling: Sampling, precision: str = "fp32") -> list[Rollout]:

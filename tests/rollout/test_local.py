@@ -10,6 +10,7 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.rollout.sampling import Sampling
 from tests.checkpoint.models import FAMILIES, write_hf
 from tests.gloo_pool import GlooPools
+from tests.models.rope_variants import ROPE_VARIANTS
 from tests.rollout.models import (
     PROMPTS,
     generate,
@@ -43,6 +44,19 @@ def test_draws_what_the_training_forward_gives(
     folder = write_hf(tmp_path, family, tied=tied)
     for sampling in (SAMPLING, replace(SAMPLING, temperature=0.0), replace(SAMPLING, temperature=1.7, n=2)):
         assert_same(gloo(1, generate, folder, sampling)[0], gloo(1, reference, folder, sampling)[0])
+
+
+@pytest.mark.parametrize("variant", ROPE_VARIANTS)
+def test_rope_variants_draw_what_the_training_forward_gives(
+    gloo: GlooPools, tmp_path: Path, variant: str
+) -> None:
+    folder = write_hf(tmp_path, "llama", tied=True, rope_parameters=dict(ROPE_VARIANTS[variant]))
+    assert_same(gloo(1, generate, folder, SAMPLING)[0], gloo(1, reference, folder, SAMPLING)[0])
+
+
+def test_experts_with_their_plain_probabilities(gloo: GlooPools, tmp_path: Path) -> None:
+    folder = write_hf(tmp_path, "qwen3_moe", tied=False, norm_topk_prob=False, num_experts_per_tok=1)
+    assert_same(gloo(1, generate, folder, SAMPLING)[0], gloo(1, reference, folder, SAMPLING)[0])
 
 
 def test_bf16_logprobs_are_the_training_forwards_up_to_rounding(gloo: GlooPools, llama: Path) -> None:

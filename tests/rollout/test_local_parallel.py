@@ -38,6 +38,27 @@ def test_every_layout_draws_the_same(
         assert all(result == results[0] for result in results)
 
 
+EXPERT_LAYOUTS = [
+    ParallelLayout(data=2, expert=2),
+    ParallelLayout(tensor=2, sequence_parallel=True),
+    ParallelLayout(tensor=2, sequence_parallel=True, data=2, expert=4),
+    ParallelLayout(pipeline=2, data=2, expert=2),
+]
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=str)
+def test_experts_on_other_ranks_draw_the_same(
+    gloo: GlooPools, tmp_path: Path, layout: ParallelLayout
+) -> None:
+    """Also with one prompt for two replicas: the one without takes part in fetching the experts."""
+    folder = write_hf(tmp_path, "qwen3_moe", tied=False)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        expected = gloo(1, generate, folder, SAMPLING, prompts)[0]
+        results = gloo(layout.world_size, generate, folder, SAMPLING, prompts, layout)
+        assert_same(results[0], expected)
+        assert all(result == results[0] for result in results)
+
+
 @pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(pipeline=2)], ids=str)
 def test_every_rank_says_that_the_logits_are_not_finite(
     gloo: GlooPools, tmp_path: Path, layout: ParallelLayout

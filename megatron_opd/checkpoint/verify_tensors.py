@@ -1,0 +1,101 @@
+"""Do two model folders hold the same numbers? Every Hugging Face tensor of both, compared bit for bit.
+
+Tensors of a Megatron folder are put together as an export would; no model is built, and one tensor at a time is held.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_opd.checkpoint.hf_families import hf_from_shards
+from megatron_opd.checkpoint.hf_import import HfReader
+from megatron_opd.checkpoint.pieces import Piece, Plan
+from megatron_opd.checkpoint.state_read import StateReader
+from megatron_opd.checkpoint.verify import checked_plan
+from megatron_opd.checkpoint.weights import STATE, is_megatron_folder
+from megatron_opd.errors import UserError
+
+_BITS = {4: torch.int32, 2: torch.int16}
+
+
+@dataclass(frozen=True)
+class TensorComparison:
+    """How many tensors were compared, of how many bytes, and a line for each that differs."""
+
+    tensors: int
+    nbytes: int
+    differences: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all are identical."""
+        return not self.differences
+
+
+def verify_tensors(
+    first: Path, second: Path, progress: Callable[[int, int], object] | None = None
+) -> TensorComparison:
+    """Compare every tensor of two folders of either kind; equal numbers in different dtypes count as different.
+
+    `progress(done, total)` is called with bytes. Raises UserError for a broken folder, and for models of different
+    shapes.
+    """
+    a, b = checked_plan(first), checked_plan(second)
+    _check_same_shapes(a, b)
+    read_a, read_b = _reader(a), _reader(b)
+    differences: list[str] = []
+    total, done, tensors = sum(a.sizes), 0, 0
+    for piece, size in zip(a.pieces, a.sizes, strict=True):
+        for name, mine, theirs in zip(piece.hf, read_a(piece), read_b(piece), strict=True):
+            tensors += 1
+            difference = _difference(mine, theirs)
+            if difference:
+                differences.append(f"{name}: {difference}")
+        done += size
+        if progress is not None:
+            progress(done, total)
+    return TensorComparison(tensors, total, differences)
+
+
+def _reader(plan: Plan) -> Callable[[Piece], list[Tensor]]:
+    """Reads the Hugging Face tensors of a piece."""
+    if not is_megatron_folder(plan.source):
+        hf = HfReader(plan.source)
+        return lambda piece: [hf.read(name, 0, 0, shape[0]) for name, shape in piece.hf.items()]
+    state = StateReader(plan.source / STATE)
+
+    def read(piece: Piece) -> list[Tensor]:
+        shard = state.read(piece.key, piece.offsets, piece.real_sizes).flatten(0, piece.stacked)
+        return hf_from_shards(piece.weight, plan.arch, [shard])
+
+    return read
+
+
+def _difference(a: Tensor, b: Tensor) -> str:
+    """Nothing when the tensors have the same dtype and bits."""
+    if a.dtype != b.dtype:
+        names = [str(dtype).removeprefix("torch.") for dtype in (a.dtype, b.dtype)]
+        same = " (equal numbers)" if torch.equal(a.float(), b.float()) else ""
+        return f"{names[0]} and {names[1]}{same}"
+    bits = _BITS[a.itemsize]
+    a_bits, b_bits = a.contiguous().view(bits), b.contiguous().view(bits)
+    if torch.equal(a_bits, b_bits):
+        return ""
+    differing = int((a_bits != b_bits).sum())
+    largest = float((a.float() - b.float()).abs().max())
+    return f"{differing} of {a.numel()} numbers differ, by at most {largest:.3g}"
+
+
+def _check_same_shapes(a: Plan, b: Plan) -> None:
+    mine, theirs = (
+        {name: shape for piece in plan.pieces for name, shape in piece.hf.items()} for plan in (a, b)
+    )
+    for name in [*mine, *theirs]:
+        if mine.get(name) != theirs.get(name):
+            had = [f"{list(shapes[name])}" if name in shapes else "none" for shapes in (mine, theirs)]
+            raise UserError(
+                f"{a.source} and {b.source} are models of different shapes: {name} is {had[0]} there, {had[1]} here"
+            )
