@@ -57,14 +57,14 @@ def due(step: int, every: int, steps: int) -> bool:
 def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
     """Draw rollouts, let the models score them, apply the updates. Returns the step's metrics and rollouts."""
     began = time.perf_counter()
-    settings, training = job.config.rollout, job.config.training
+    settings = job.config.rollout
     prompts = job.prompts.take(settings.prompts_per_step)
     rollouts = job.draw(prompts, step=step - 1, seed=job.config.seed, samples=settings.samples_per_prompt)
     drawn = time.perf_counter()
-    updates = job.score(rollouts, updates=training.updates_per_rollout, mask=job.texts.mask)
+    updates = job.score(rollouts)
     scored = time.perf_counter()
     job.student.start_step()
-    progress = (step - 1) / max(1, training.steps - 1)
+    progress = (step - 1) / max(1, job.config.training.steps - 1)
     outcomes = [job.apply(update, progress) for update in updates]
     trained = time.perf_counter()
     tokens = sum(update.scale.loss_tokens for update in updates)
@@ -88,11 +88,10 @@ def evaluate(job: Job, step: int) -> dict[str, float]:
     began = time.perf_counter()
     seed = job.config.seed + HELDOUT_SEED_OFFSET
     rollouts = job.draw(job.texts.heldout, step=step, seed=seed, samples=1)
-    (heldout,) = job.score(rollouts)
-    sums = job.evaluation.run(job.student.ddp, heldout, forward_only=True)
+    reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
     return {
-        "eval/reverse_kl": sums["reverse_kl"] / heldout.scale.loss_tokens,
-        "eval/response_tokens": heldout.scale.loss_tokens / len(rollouts),
+        "eval/reverse_kl": reverse_kl,
+        "eval/response_tokens": tokens / len(rollouts),
         "eval/seconds": time.perf_counter() - began,
     }
 

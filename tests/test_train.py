@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_opd.checkpoint.store import published
@@ -267,3 +268,25 @@ def test_a_full_disk_at_save_loses_nothing(inputs, tmp_path, small_disk):
     assert again.returncode == 0, again.stderr
     assert "resuming at step 2" in again.stdout
     assert [row["step"] for row in metrics(small_disk / "run")] == list(range(7))
+
+
+def test_a_run_without_any_loss_token_says_so_and_ends_well(inputs, tmp_path):
+    masked = {"truncated": True}
+    config = write_config(inputs, tmp_path / "run", objective__mask=masked, rollout__max_new_tokens=1)
+    done = run("train", config, "evaluation.prompts=null", "evaluation.every=0", "training.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "no step had a token that enters the loss" in done.stdout + done.stderr
+    assert [row["skipped"] for row in metrics(tmp_path / "run")] == [1, 1]
+
+
+def test_check_names_the_model_that_is_not_finite(inputs, tmp_path):
+    shutil.copytree(inputs / "teacher", tmp_path / "teacher")
+    weights = next((tmp_path / "teacher").glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config = write_config(inputs, tmp_path / "run")
+    settings = ("objective.check=true", "evaluation.prompts=null", "evaluation.every=0")
+    done = run("train", config, f"teacher.path={tmp_path / 'teacher'}", *settings)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: objective.check: teacher logits hold NaN or inf" in done.stderr

@@ -25,13 +25,14 @@ Where a preset is not all of its method, or the source leaves something open:
 - `lsm`: the mask of special tokens that the paper combines with it is `mask.tokens: ["<", think, <|im_end|>]`
   for Qwen models; it depends on the tokenizer.
 - `aopd`: the plain sum over the teacher's 32 best ids, as the code has it; the paper's text divides it by 32.
-- `aopd`, `eopd`, `minillm`: no importance weights against the rollout engine, for no source names any.
+- `aopd`, `eopd`, `minillm`, `poweropd`: no importance weights against the rollout engine, for no source names any.
 - `eopd`: the number of the teacher's ids and the dual clip were not found; 32 and 3 are ours.
 - `exopd`: refused without `reference`.
 - `mopd`: one teacher; routing prompts to several is not part of it.
 - `minillm`: neither its teacher-mixed sampling (share 0.2) nor its language-model loss on data is part of it.
-- `poweropd`: the code also masks the stop token (`mask.tokens`) and has no PPO clip, which does not act either
-  as long as there is one update per rollout batch.
+- `gkd`, `aopd`: the papers average over each response first; here every token of the update counts the same.
+- `poweropd`: power 5 is the authors' main script's. The code also masks the stop token (`mask.tokens`) and has no
+  PPO clip, which does not act either as long as there is one update per rollout batch.
 """
 
 from typing import Any
@@ -99,7 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "length_normalized": True,
         },
     },
-    "poweropd": {**_SAMPLED_TOKEN, "shaping": {"power": 5.0}},
+    "poweropd": {**_UNCORRECTED_TOKEN, "shaping": {"power": 5.0}},
 }
 
 

@@ -41,6 +41,7 @@ def check_combination(objective: Objective) -> None:
     | `gate.tau`; `gate.threshold` | aopd; teacher_entropy |
     | `gate.coefficient`, `gate.divergence` | any gate |
     | `policy.*`, `shaping.*` | policy_gradient |
+    | `policy.baseline` | no shaping, no length_normalized: it is the expected plain reward |
     | `policy.exact_step` | discount > 0, no gate, no baseline, no shaping |
     | `policy.length_normalized` | discount > 0 |
     | `shaping.power` | no `shaping.clip` (`Shaping` refuses a reference weight) |
@@ -82,6 +83,10 @@ def _check_support(objective: Objective) -> None:
         raise ValueError(
             f"gate.kind: {gate} needs divergence policy_gradient, not {divergence}: set that, or set "
             "gate.kind to none"
+        )
+    if _gated(objective) and objective.gate.coefficient == 0.0:
+        raise ValueError(
+            f"gate.coefficient: 0 leaves nothing of what gate {gate} adds: raise it, or set gate.kind to none"
         )
     if _gated(objective) and support == "full":
         raise ValueError(
@@ -152,6 +157,12 @@ def _check_policy(objective: Objective) -> None:
             "out of the return: set policy.baseline to none, or policy.exact_step to false"
         )
     shaped = [key for key, _, _ in _changed(shaping)]
+    if policy.baseline != "none" and (shaped or policy.length_normalized):
+        other = f"shaping.{shaped[0]}" if shaped else "policy.length_normalized"
+        raise ValueError(
+            f"policy.baseline: {policy.baseline} is the expected reward without {other}: set policy.baseline to "
+            f"none, or leave {other} at its default"
+        )
     if policy.exact_step and shaped:
         raise ValueError(
             f"shaping.{shaped[0]}: exact_step computes the unshaped reward of its token: leave shaping at its "
@@ -166,7 +177,7 @@ def _check_policy(objective: Objective) -> None:
 def _check_token_weight(objective: Objective) -> None:
     """Some token has to have a weight."""
     weight = objective.token_weight
-    windows = ("prefix_window", "suffix_window")
+    windows = ("prefix_window", "suffix_window", "curriculum")
     flat = weight.gamma == 0.0 or (weight.kind in windows and weight.fraction == 0.0)
     if weight.kind != "uniform" and weight.floor == 0.0 and flat:
         at_fault = "gamma" if weight.gamma == 0.0 else "fraction"

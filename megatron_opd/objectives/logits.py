@@ -90,26 +90,34 @@ def slices(count: int, size: int | None) -> Iterator[slice]:
 
 
 class HeadGradient:
-    """Gathers the gradients of hidden states and head weight from the chunks of the logits' gradient."""
+    """Gathers the gradients of hidden states and, unless it is frozen, head weight from chunks of logits gradients."""
 
     def __init__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, weight_grad_VD: Tensor | None, chunk: int | None
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        weight_grad_VD: Tensor | None,
+        chunk: int | None,
+        *,
+        frozen: bool,
     ) -> None:
         self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
         self.hidden_grad_ND = torch.empty_like(hidden_ND)
         one_chunk = chunk is None or chunk >= hidden_ND.shape[0]
-        if weight_grad_VD is None:
+        self.returned: Tensor | None = None
+        if weight_grad_VD is None and not frozen:
             # Sums over chunks are kept in float32 at least; a single chunk needs no sum.
             dtype = weight_VD.dtype if one_chunk else torch.promote_types(weight_VD.dtype, torch.float32)
-            weight_grad_VD = torch.zeros_like(weight_VD, dtype=dtype)
-            self.returned: Tensor | None = weight_grad_VD
-        else:
-            self.returned = None
+            weight_grad_VD = self.returned = torch.zeros_like(weight_VD, dtype=dtype)
+        self._frozen = frozen
         self._weight_grad_VD = weight_grad_VD
 
     def add(self, tokens: slice, logits_grad_CV: Tensor) -> None:
         """Takes the complete gradient [C, V] of these tokens' logits, in the weight's dtype."""
         self.hidden_grad_ND[tokens] = torch.mm(logits_grad_CV, self.weight_VD)
+        if self._frozen:
+            return
+        assert self._weight_grad_VD is not None
         hidden_CD = self.hidden_ND[tokens].to(self.weight_VD.dtype)
         if self._weight_grad_VD.dtype == logits_grad_CV.dtype:
             self._weight_grad_VD.addmm_(logits_grad_CV.t(), hidden_CD)
@@ -119,8 +127,10 @@ class HeadGradient:
         for rows in slices(self.weight_VD.shape[0], max(1, elements // hidden_CD.shape[1])):
             self._weight_grad_VD[rows] += torch.mm(logits_grad_CV[:, rows].t(), hidden_CD)
 
-    def weight_gradient(self) -> Tensor:
+    def weight_gradient(self) -> Tensor | None:
         """What autograd gets for the weight, in its dtype."""
+        if self._frozen:
+            return None
         if self.returned is None:
             return torch.zeros_like(self.weight_VD)
         return self.returned.to(self.weight_VD.dtype)

@@ -64,6 +64,11 @@ class Objective:
         return self.divergence == "policy_gradient"
 
     @property
+    def reads_old_logprobs(self) -> bool:
+        """Whether the loss of a later update differs for the student that wrote the responses and the current one."""
+        return self.sampled or self.token_weight.kind in ("cumulative_share", "prefix_ratio")
+
+    @property
     def sum_names(self) -> tuple[str, ...]:
         """The sums that `loss` returns, in order."""
         names: tuple[str, ...] = ("loss", "reverse_kl", "weight", "log_gap", "abs_log_gap")
@@ -266,8 +271,10 @@ class Objective:
         gate_N = self._gate(stats, old_N) & mask_N
         values["gated"] = gate_N
         gated_N = (self.gate.coefficient * divergence_N).where(gate_N, 0.0)
-        sampled_N = policy.loss_N.where(~gate_N, 0.0) if self.gate.kind == "aopd" else policy.loss_N
-        return sampled_N + gated_N, values
+        if self.gate.kind == "teacher_entropy":
+            return policy.loss_N + gated_N, values
+        values["clipped"] = policy.clipped_N & ~gate_N
+        return policy.loss_N.where(~gate_N, 0.0) + gated_N, values
 
     def _gate(self, stats: TokenStats, old_N: Tensor) -> Tensor:
         assert stats.teacher_logprob is not None

@@ -36,8 +36,10 @@ class Request:
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
-        if not 0.0 < self.beta < 1.0:
-            raise ValueError(f"beta must lie between 0 and 1, not {self.beta}")
+        if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
+            raise ValueError(
+                f"beta must lie between 0 and 1, both excluded (forward_kl and reverse_kl are there), not {self.beta}"
+            )
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {self.chunk_size}")
 

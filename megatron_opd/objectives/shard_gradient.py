@@ -16,7 +16,10 @@ from megatron_opd.objectives.shard import Request, Shard
 
 
 class Points(NamedTuple):
-    """Single ids that gradients fall on: their columns in this shard (-1: another's) and the gradients."""
+    """Single ids that gradients fall on: their columns in this shard (-1: another's) and the gradients.
+
+    The columns of a token are distinct: where the target is one of the other ids, that id has both gradients.
+    """
 
     columns_NJ: Tensor
     grad_NJ: Tensor
@@ -32,16 +35,23 @@ class Points(NamedTuple):
         request: Request,
     ) -> Points | None:
         """None where no log-probability has a gradient."""
-        ids, grads = [], []
+        parts = []
         if target_grad_N is not None and targets_N is not None:
-            ids.append(targets_N[:, None])
-            grads.append(target_grad_N[:, None])
+            parts.append((targets_N[:, None], target_grad_N[:, None]))
         if ids_grad_NK is not None and ids_NK is not None:
-            ids.append(ids_NK)
-            grads.append(ids_grad_NK.masked_fill(ids_NK < 0, 0.0))
-        if not ids:
+            parts.append((ids_NK, ids_grad_NK.masked_fill(ids_NK < 0, 0.0)))
+        if not parts:
             return None
-        return cls(shard.columns_of(torch.cat(ids, 1)), torch.cat(grads, 1) / request.temperature)
+        if len(parts) == 2:
+            (target_N1, target_grad_N1), (others_NK, others_grad_NK) = parts
+            same_NK = others_NK == target_N1
+            inside_N1 = same_NK.any(1, keepdim=True)
+            parts = [
+                (target_N1.masked_fill(inside_N1, -1), target_grad_N1.masked_fill(inside_N1, 0.0)),
+                (others_NK, others_grad_NK + target_grad_N1.where(same_NK, 0.0)),
+            ]
+        ids_NJ, grad_NJ = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return cls(shard.columns_of(ids_NJ), grad_NJ / request.temperature)
 
 
 def gradient_rows(
@@ -105,9 +115,10 @@ def write_gradient(
             out_NV=at_points,
             **options,
         )
-        # Ids of other shards write column 0 what it has anyway; an id named twice gets both gradients.
-        same_CJJ = at_CJ[:, :, None] == at_CJ[:, None, :]
-        at_points += (same_CJJ * grad_CJ.where(columns_CJ >= 0, 0.0)[:, None, :]).sum(-1)
+        # Ids of other shards write column 0 what it has anyway.
+        owned_CJ = columns_CJ >= 0
+        first_C1 = grad_CJ.where(columns_CJ == 0, 0.0).sum(1, keepdim=True)
+        at_points += grad_CJ.where(owned_CJ, first_C1)
     gradient(student_CV, teacher_CV, out_NV=out_CV[:, :columns], **options)
     if at_points is not None:
         # Not scatter_, which makes a float32 copy of the whole tensor when it is bf16 or fp16 on a CPU.

@@ -86,10 +86,8 @@ def topk_divergence(
     Raises:
         ValueError: unknown names, options that do not combine, shapes that do not agree.
     """
-    served = None
-    if isinstance(teacher_logits, tuple) and not isinstance(teacher_logits, LinearLogits):
-        served = teacher_logits
-    _check(kind, support, remainder, k, served is not None, targets, teacher_logprob)
+    served = isinstance(teacher_logits, tuple) and not isinstance(teacher_logits, LinearLogits)
+    _check(kind, support, remainder, k, served, targets, teacher_logprob)
     request = Request(
         temperature=temperature,
         vocab_size=vocab_size,
@@ -99,20 +97,10 @@ def topk_divergence(
         inplace_backward=inplace_backward,
         chunk_size=chunk_size,
         sequence_parallel=sequence_parallel,
-        best_of=None if served is not None else support.partition("_")[0],
+        best_of=None if served else support.partition("_")[0],
         k=0 if k is None else k,
     )
-    if served is not None:
-        ids_NK, ids_teacher_NK = served
-        if ids_NK.shape != ids_teacher_NK.shape:
-            shapes = f"{tuple(ids_NK.shape)} and {tuple(ids_teacher_NK.shape)}"
-            raise ValueError(f"topk_ids and topk_logprobs must have the same shape [N, K], not {shapes}")
-        compared = compare(student_logits, None, targets, ids_NK, request)._replace(
-            ids_teacher_logprob=ids_teacher_NK.detach(), teacher_logprob=teacher_logprob
-        )
-    else:
-        assert isinstance(teacher_logits, Tensor | LinearLogits)
-        compared = compare(student_logits, teacher_logits, targets, None, request)
+    compared, targets = _compare(student_logits, teacher_logits, targets, teacher_logprob, request)
     student_NK, teacher_NK = _log_probabilities(compared, targets, union=support.endswith("_sampled"))
     divergence_N = _DIVERGENCES[remainder](*_ordered(kind, student_NK, teacher_NK))
     if remainder == "sampled_tail":
@@ -128,6 +116,29 @@ def topk_divergence(
         student_NK.detach().exp().sum(1),
         teacher_NK.exp().sum(1),
     )
+
+
+def _compare(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | tuple[Tensor, Tensor],
+    targets: Tensor | None,
+    teacher_logprob: Tensor | None,
+    request: Request,
+) -> tuple[Compared, Tensor | None]:
+    """The two models on the support, whichever way the teacher speaks; and the targets on the logits' device."""
+    device = student.hidden.device if isinstance(student, LinearLogits) else student.device
+    targets = None if targets is None else targets.to(device)
+    if isinstance(teacher, Tensor | LinearLogits):
+        return compare(student, teacher, targets, None, request), targets
+    ids_NK, logprobs_NK = teacher
+    if ids_NK.shape != logprobs_NK.shape:
+        shapes = f"{tuple(ids_NK.shape)} and {tuple(logprobs_NK.shape)}"
+        raise ValueError(f"topk_ids and topk_logprobs must have the same shape [N, K], not {shapes}")
+    compared = compare(student, None, targets, ids_NK, request)
+    teacher_logprob = None if teacher_logprob is None else teacher_logprob.detach().to(device)
+    return compared._replace(
+        ids_teacher_logprob=logprobs_NK.detach().to(device), teacher_logprob=teacher_logprob
+    ), targets
 
 
 def _check(
@@ -235,7 +246,7 @@ def _sampled_tail(
     student_N = compared.student_logprob
     gap_N = (student_N.detach() - compared.teacher_logprob).where(outside_N, 0.0)
     if rollout_logprob is not None:
-        importance_N = (student_N.detach() - rollout_logprob).exp()
+        importance_N = (student_N.detach() - rollout_logprob.to(student_N.device)).exp()
         if importance_cap is not None:
             importance_N = importance_N.clamp(max=importance_cap)
         gap_N = gap_N * importance_N.where(outside_N, 1.0)

@@ -115,10 +115,8 @@ class _Compare(torch.autograd.Function):
         work: _Work,
     ) -> tuple[Tensor | None, ...]:
         shard, request, _ = work
-        if request.sequence_parallel and shard.ranks > 1:
-            full = student.new_empty(student.shape[0] * shard.ranks, student.shape[1])
-            dist.all_gather_into_tensor(full, student.contiguous(), group=request.group)
-            student = full
+        if request.sequence_parallel:
+            student = _gather_tokens(student, work)
         models = LogitsPair.of(student, student_weight, teacher, teacher_weight)
         rows = whole_statistics(models, targets_N, ids_NK, shard, request)
         merged = merge(rows)
@@ -128,20 +126,9 @@ class _Compare(torch.autograd.Function):
         ids_NK, student_ids_KN, teacher_ids_KN = support_of(rows, ids_NK, request)
         ctx.work = work
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            student,
-            student_weight,
-            teacher,
-            teacher_weight,
-            targets_N,
-            ids_NK,
-            divergence_N,
-            center_N,
-            merged.student_max,
-            merged.student_sum,
-            merged.teacher_max,
-            merged.teacher_sum,
-        )
+        inputs = (student, student_weight, teacher, teacher_weight, targets_N, ids_NK)
+        sums = (merged.student_max, merged.student_sum, merged.teacher_max, merged.teacher_sum)
+        ctx.save_for_backward(*inputs, divergence_N, center_N, *sums)
         constants = (
             merged.teacher_logprob(rows["teacher_target"].amax(0)) if "teacher_target" in rows else None,
             merged.reverse_kl,
@@ -181,7 +168,8 @@ class _Compare(torch.autograd.Function):
         if student_weight is None:
             out = student.detach() if request.inplace_backward else torch.empty_like(student)
         else:
-            head = HeadGradient(student, student_weight, weight_grad, request.chunk_size)
+            frozen = not ctx.needs_input_grad[1]
+            head = HeadGradient(student, student_weight, weight_grad, request.chunk_size, frozen=frozen)
         for tokens, student_CV, teacher_CV in models.chunks(request.chunk_size):
             out_CV = student_CV if out is None else out[tokens]
             write_gradient(kind, student_CV, teacher_CV, out_CV, tokens, rows, points, shard, request)
@@ -190,6 +178,15 @@ class _Compare(torch.autograd.Function):
         if head is None:
             return out, None, None, None, None, None, None
         return _complete(head.hidden_grad_ND, work), head.weight_gradient(), None, None, None, None, None
+
+
+def _gather_tokens(hidden: Tensor, work: _Work) -> Tensor:
+    """The hidden states of all tokens from every rank's share: one all-gather."""
+    if work.shard.ranks == 1:
+        return hidden
+    hidden_ND = hidden.new_empty(hidden.shape[0] * work.shard.ranks, hidden.shape[1])
+    dist.all_gather_into_tensor(hidden_ND, hidden.contiguous(), group=work.request.group)
+    return hidden_ND
 
 
 def _complete(hidden_grad_ND: Tensor, work: _Work) -> Tensor:

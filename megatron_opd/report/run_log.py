@@ -88,8 +88,14 @@ class RunLog:
         skipped = sum(row.get("skipped", 0) for row in rows)
         if skipped:
             self.say(f"skipped updates: {skipped}")
-        with self._writing():
-            curve = plot_curve(self.run_dir)
+        curve = None
+        if any(row.get("reverse_kl") is not None for row in rows):
+            with self._writing():
+                curve = plot_curve(self.run_dir)
+        else:
+            self.say(
+                "no step had a token that enters the loss: see objective.mask and rollout.max_new_tokens"
+            )
         width = shutil.get_terminal_size().columns
         outputs = {
             "checkpoint": checkpoint,

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_opd.checkpoint.folders import hold
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.checkpoint.weights import load_model_weights
-from megatron_opd.config.schema import Config
+from megatron_opd.config.schema import Config, ParallelConfig
 from megatron_opd.data.loss_mask import LossMask, build_loss_mask
 from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, load_prompts
@@ -102,18 +102,50 @@ class Job:
         )
         return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp)
 
-    def score(
-        self, rollouts: Sequence[Rollout], *, updates: int = 1, mask: LossMask | None = None
-    ) -> list[Update]:
-        """The rollouts in `updates` equal parts, packed for this rank and scored by all models that do not move.
+    def score(self, rollouts: Sequence[Rollout]) -> list[Update]:
+        """The rollouts of a step in equal parts, one an update, scored by all models before the student moves.
 
-        With several updates the student is scored too, for after the first it is no longer the one that drew them.
+        From the second update on the student is no longer the one that wrote the responses: its log-probs of
+        now are kept, where the objective reads them.
         """
+        count = self.config.training.updates_per_rollout
         shares = [
-            rollouts[len(rollouts) * i // updates : len(rollouts) * (i + 1) // updates]
-            for i in range(updates)
+            rollouts[len(rollouts) * i // count : len(rollouts) * (i + 1) // count] for i in range(count)
         ]
-        return [self._score(share, moves=updates > 1, mask=mask) for share in shares]
+        updates = []
+        for number, share in enumerate(shares):
+            update = self.packed(share, self.texts.mask)
+            if update.scale.loss_tokens > 0:
+                update = replace(
+                    update,
+                    payloads=self.teacher.score(update.microbatches),
+                    old_logprobs=self._old_logprobs(update) if number > 0 else None,
+                    reference_logprobs=self._reference_logprobs(update),
+                )
+            updates.append(update)
+        return updates
+
+    def packed(self, rollouts: Sequence[Rollout], mask: LossMask | None = None) -> Update:
+        """This rank's microbatches of these rollouts, not scored yet."""
+        packed = pack(
+            rollouts,
+            dp_size=self.layout.data,
+            token_budget=self.config.training.microbatch_tokens,
+            alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+            loss_mask=mask,
+        )
+        mine = [microbatch.to(self.device) for microbatch in packed[self.groups.dp.rank()]]
+        return Update(mine, UpdateScale.of(packed), [None] * len(mine))
+
+    def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
+        if not self.objective.objective.reads_old_logprobs:
+            return None
+        return self._logprobs(self.student.ddp, self.student.gpt, update.microbatches)
+
+    def _reference_logprobs(self, update: Update) -> list[Tensor | None] | None:
+        if self.reference is None:
+            return None
+        return self._logprobs(self.reference.model, self.reference.model, update.microbatches)
 
     def apply(self, update: Update, progress: float) -> Outcome:
         """Move the student by one update; one without loss tokens is skipped on all ranks alike."""
@@ -123,34 +155,16 @@ class Job:
         sums = self.objective.run(self.student.ddp, update, progress=progress)
         return Outcome(sums, *self.student.apply_gradients())
 
-    @property
-    def evaluation(self) -> ObjectivePass:
-        """Plain reverse KL, whatever is trained on: held-out numbers of different objectives compare."""
-        plain = Objective(temperature=self.config.rollout.temperature)
-        return replace(self.objective, objective=plain)
-
-    def _score(self, rollouts: Sequence[Rollout], *, moves: bool, mask: LossMask | None) -> Update:
-        packed = pack(
-            rollouts,
-            dp_size=self.layout.data,
-            token_budget=self.config.training.microbatch_tokens,
-            alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
-            loss_mask=mask,
-        )
-        mine = [microbatch.to(self.device) for microbatch in packed[self.groups.dp.rank()]]
-        scale = UpdateScale.of(packed)
-        if scale.loss_tokens == 0:
-            return Update(mine, scale, [None] * len(mine))
-        return Update(
-            mine,
-            scale,
-            self.teacher.score(mine),
-            self._logprobs(self.student.ddp, self.student.gpt, mine) if moves else None,
-            self._logprobs(self.reference.model, self.reference.model, mine) if self.reference else None,
-        )
+    def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[float, int]:
+        """(nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare."""
+        heldout = self.packed(rollouts)
+        heldout = replace(heldout, payloads=self.teacher.score(heldout.microbatches))
+        plain = replace(self.objective, objective=Objective(temperature=self.config.rollout.temperature))
+        sums = plain.run(self.student.ddp, heldout, forward_only=True)
+        return sums["reverse_kl"] / heldout.scale.loss_tokens, heldout.scale.loss_tokens
 
     def _logprobs(
-        self, model: torch.nn.Module, gpt: GPT, microbatches: list[Microbatch]
+        self, model: torch.nn.Module, gpt: GPT, microbatches: Sequence[Microbatch]
     ) -> list[Tensor | None]:
         return sampled_logprobs(
             model,
@@ -186,11 +200,7 @@ def set_up(config: Config) -> Job:
     """
     checked = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
     texts = read_texts(config, min(arch.vocab_size for arch in checked.architectures))
-    parallel = checked.parallel
-    assert parallel.data is not None
-    layout = ParallelLayout(
-        parallel.tensor, parallel.pipeline, parallel.context, parallel.data, parallel.sequence_parallel
-    )
+    layout = layout_of(checked.parallel)
     if os.environ.get("RANK", "0") == "0":
         hold(config.run_dir)
     cpu.install()
@@ -199,6 +209,10 @@ def set_up(config: Config) -> Job:
     gpt, teacher, reference = load_models(config, checked, layout, groups, device)
     student = build_student(
         gpt, config.optimizer, groups, precision=config.precision, steps=config.training.steps
+    )
+    settings = config.objective
+    objective = ObjectivePass(
+        gpt, teacher, checked.objective, texts.vocab_size, groups, settings.check, settings.head_chunk
     )
     # The engine draws no id that either model lacks.
     drawn = replace(checked.student, vocab_size=texts.vocab_size)
@@ -211,30 +225,42 @@ def set_up(config: Config) -> Job:
         student=student,
         teacher=teacher,
         reference=reference,
-        objective=ObjectivePass(
-            gpt,
-            teacher,
-            checked.objective,
-            texts.vocab_size,
-            groups,
-            config.objective.check,
-            config.objective.head_chunk,
-        ),
+        objective=objective,
         engine=LocalEngine(gpt, drawn, groups, max_batch=config.rollout.max_batch),
         texts=texts,
         prompts=PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle),
-        checkpoints=CheckpointStore(
-            config.run_dir / "checkpoints",
-            config.checkpoint.keep_last,
-            groups,
-            config.student.path,
-            identity={
-                "student architecture": str(checked.student),
-                "data.prompts (SHA-256 of their tokens)": texts.training.digest,
-                "data.shuffle": str(config.data.shuffle),
-                "seed": str(config.seed),
-            },
-        ),
+        checkpoints=checkpoint_store(config, checked, texts, groups),
+    )
+
+
+def layout_of(parallel: ParallelConfig) -> ParallelLayout:
+    """The layout that a checked `parallel` section describes."""
+    assert parallel.data is not None
+    return ParallelLayout(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.data,
+        parallel.sequence_parallel,
+        parallel.expert,
+    )
+
+
+def checkpoint_store(
+    config: Config, checked: Checked, texts: Texts, groups: ProcessGroupCollection
+) -> CheckpointStore:
+    """Where the run saves, with what a checkpoint must have in common with the run that loads it."""
+    return CheckpointStore(
+        config.run_dir / "checkpoints",
+        config.checkpoint.keep_last,
+        groups,
+        config.student.path,
+        identity={
+            "student architecture": str(checked.student),
+            "data.prompts (SHA-256 of their tokens)": texts.training.digest,
+            "data.shuffle": str(config.data.shuffle),
+            "seed": str(config.seed),
+        },
     )
 
 

@@ -17,9 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_opd.data.packing import Microbatch, count_loss_tokens
+from megatron_opd.errors import UserError
 from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
-from megatron_opd.objectives import LinearLogits, Objective
+from megatron_opd.objectives import LinearLogits, Objective, TokenStats
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.teacher.megatron import MegatronTeacher, TeacherPayload
 
@@ -77,7 +78,7 @@ class ObjectivePass:
     objective: Objective
     vocab_size: int  # real vocabulary common to student and teacher
     groups: ProcessGroupCollection
-    check: bool = False  # judge the logits, and name the tensor on every rank when they are not finite
+    check: bool = False  # judge the logits, and end with the name of the tensor when they are not finite
     head_chunk: int | None = None  # tokens whose logits exist at once; None: those of a microbatch
 
     def run(
@@ -123,19 +124,7 @@ class ObjectivePass:
         """Loss sum of one microbatch and its statistics, on the last stage; logits exist at response tokens only."""
         positions_N = microbatch.mask_T.nonzero()[:, 0]
         rollout_logprob_N = microbatch.rollout_logprobs_T[positions_N]
-        stats = self.objective.token_stats(
-            student_logits(
-                self.gpt, hidden_T1H, positions_N, self.groups, chunked=self.head_chunk is not None
-            ),
-            self.teacher.logits(payload, chunked=self.head_chunk is not None),
-            microbatch.targets_T[positions_N],
-            rollout_logprob_N=rollout_logprob_N,
-            vocab_size=self.vocab_size,
-            group=self.groups.tp,
-            check=self.check,
-            inplace_backward=True,  # nothing else reads the student's logits
-            chunk_size=self.head_chunk,
-        )
+        stats = self._token_stats(hidden_T1H, microbatch, payload, positions_N, rollout_logprob_N)
         loss_sum, sums = self.objective.loss(
             stats,
             positions_N,
@@ -149,6 +138,36 @@ class ObjectivePass:
         assert stats.student_logprob is not None
         mismatch_N = stats.student_logprob.detach() - rollout_logprob_N
         return loss_sum, {**sums, "logprob_mismatch": mismatch_N.abs().sum()}
+
+    def _token_stats(
+        self,
+        hidden_T1H: Tensor,
+        microbatch: Microbatch,
+        payload: TeacherPayload,
+        positions_N: Tensor,
+        rollout_logprob_N: Tensor,
+    ) -> TokenStats:
+        """The objective's statistics of each token.
+
+        With `check`, UserError on every rank of a tensor-parallel group that meets NaN; the launcher ends the others.
+        """
+        chunked = self.head_chunk is not None
+        try:
+            return self.objective.token_stats(
+                student_logits(self.gpt, hidden_T1H, positions_N, self.groups, chunked=chunked),
+                self.teacher.logits(payload, chunked=chunked),
+                microbatch.targets_T[positions_N],
+                rollout_logprob_N=rollout_logprob_N,
+                vocab_size=self.vocab_size,
+                group=self.groups.tp,
+                check=self.check,
+                inplace_backward=True,  # nothing else reads the student's logits
+                chunk_size=self.head_chunk,
+            )
+        except FloatingPointError as error:
+            raise UserError(
+                f"objective.check: {error} of a microbatch; look at that model's weights"
+            ) from None
 
     def _reduce(self, logs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum the microbatches' statistics over pipeline stages (only the last has any) and data-parallel ranks."""

@@ -25,7 +25,7 @@ PINNED: dict[str, tuple[float, float, float]] = {
     "exopd": (0.525987283467, 5.2850576756, -0.0121106181739),
     "mopd": (4.51494486693, 0.461835835541, -0.010714628971),
     "minillm": (7.1709954451, 2.35216024992, -0.0107580194859),
-    "poweropd": (-5.01818321521e-07, 5.85988099453e-07, -3.4138981624e-10),
+    "poweropd": (-4.30667350423e-07, 4.97218920114e-07, -2.72049553561e-10),
 }
 CU_SEQLENS = torch.tensor([0, 5, 12])
 MASK = torch.tensor([False, True, True, True, True, False, False, True, True, False, True, True])

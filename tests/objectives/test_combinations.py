@@ -32,7 +32,7 @@ MINILLM = PolicyGradient(discount=1.0, exact_step=True)
         {**UNION, "remainder": "mass_correction"},
         {**TOPK, "remainder": "sampled_tail", "policy": PolicyGradient(importance_cap=None)},
         PG,
-        {**PG, "policy": PolicyGradient(discount=0.5, baseline="reverse_kl", length_normalized=True)},
+        {**PG, "policy": PolicyGradient(discount=0.5, baseline="reverse_kl")},
         {**PG, "policy": MINILLM},
         {**PG, "shaping": Shaping(reference_weight=1.25, clip=5.0)},
         {**PG, "shaping": Shaping(power=5.0)},
@@ -60,6 +60,22 @@ def test_what_goes_together(settings: dict[str, Any]) -> None:
         ),
         ({"support": "topk"}, r"support: unknown 'topk': use one of full, teacher_topk"),
         ({"remainder": "tail"}, r"remainder: unknown 'tail': use one of renormalize"),
+        (
+            {**PG, "policy": PolicyGradient(discount=0.5, baseline="reverse_kl", length_normalized=True)},
+            r"policy\.baseline: reverse_kl is the expected reward without policy\.length_normalized: set policy",
+        ),
+        (
+            {**PG, "policy": PolicyGradient(baseline="reverse_kl"), "shaping": Shaping(power=5.0)},
+            r"policy\.baseline: reverse_kl is the expected reward without shaping\.power: set policy",
+        ),
+        (
+            {**AOPD, "gate": Gate("aopd", coefficient=0.0)},
+            r"gate\.coefficient: 0 leaves nothing of what gate",
+        ),
+        (
+            {"token_weight": TokenWeight("curriculum", floor=0.0, fraction=0.0)},
+            r"token_weight\.fraction: 0 with token_weight\.floor 0 makes every weight 0",
+        ),
         # support, gate, divergence
         (
             {"divergence": "jsd", **TOPK},

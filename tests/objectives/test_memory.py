@@ -189,3 +189,15 @@ def test_a_server_and_hidden_states() -> None:
     student = LinearLogits(hidden, weight, torch.zeros(weight.shape))
     seen = measured(lambda: topk_divergence(student, served, chunk_size=CHUNK), (hidden, weight))
     assert seen.largest < 256 * WIDTH * 4 / 8
+
+
+def test_a_wide_support_costs_memory_in_proportion() -> None:
+    """64 tokens with K = 1,024: [N, K] numbers are half a megabyte each, [N, K, K] would be 512."""
+    student = torch.randn(64, 2048, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(64, 2048, dtype=torch.float64)
+    targets = torch.randint(2048, (64,))
+
+    def stats() -> TokenStats:
+        return topk_divergence(student, teacher, k=1024, targets=targets, support="teacher_topk_sampled")
+
+    assert measured(stats, [student]).largest < 8 * 2**20

@@ -12,6 +12,7 @@ from megatron_opd.objectives.reference.loss import loss
 from megatron_opd.objectives.reference.policy_gradient import (
     aopd_gate,
     discounted_returns,
+    policy_gradient,
     shaped_reward,
     teacher_entropy_gate,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "discounted_returns",
     "linear_divergence",
     "loss",
+    "policy_gradient",
     "shaped_reward",
     "teacher_entropy_gate",
     "token_weights",

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_opd.objectives.reference import policy_gradient as sampled
 from megatron_opd.objectives.reference.divergence import topk_divergence, vocab_parallel_divergence
+from megatron_opd.objectives.reference.policy_gradient import (
+    aopd_gate,
+    discounted_returns,
+    policy_gradient,
+    shaped_reward,
+    teacher_entropy_gate,
+)
 from megatron_opd.objectives.reference.token_weights import token_weights
 
 if TYPE_CHECKING:
@@ -41,7 +47,7 @@ def loss(
     weights_T = token_weights(gap_T, mask, cu_seqlens, progress=progress, **vars(objective.token_weight))
     estimator_T = stats.divergence
     if objective.divergence == "policy_gradient":
-        reward_T = sampled.shaped_reward(
+        reward_T = shaped_reward(
             stats.teacher_logprob, old_T, reference_logprob_N=reference_logprob, **vars(objective.shaping)
         )
         estimator_T = _sampled_estimator(
@@ -99,7 +105,7 @@ def _sampled_estimator(
     policy, gate = objective.policy, objective.gate
     assert stats.student_logprob is not None and stats.teacher_logprob is not None
     assert stats.reverse_kl is not None and stats.teacher_entropy is not None
-    advantage_T = sampled.discounted_returns(
+    advantage_T = discounted_returns(
         reward_T,
         mask_T,
         cu_seqlens,
@@ -109,7 +115,7 @@ def _sampled_estimator(
     )
     if policy.baseline == "reverse_kl":
         advantage_T = advantage_T + stats.reverse_kl
-    estimator_T = sampled.policy_gradient(
+    estimator_T = policy_gradient(
         stats.student_logprob,
         advantage_T,
         old_logprob_N=old_logprob_T,
@@ -122,9 +128,9 @@ def _sampled_estimator(
     if policy.exact_step:
         return estimator_T + stats.divergence
     if gate.kind == "aopd":
-        gated_T = sampled.aopd_gate(stats.teacher_logprob, old_T, gate.tau)
+        gated_T = aopd_gate(stats.teacher_logprob, old_T, gate.tau)
         return torch.where(gated_T, gate.coefficient * stats.divergence, estimator_T)
     if gate.kind == "teacher_entropy":
-        gated_T = sampled.teacher_entropy_gate(stats.teacher_entropy, gate.threshold)
+        gated_T = teacher_entropy_gate(stats.teacher_entropy, gate.threshold)
         return estimator_T + gate.coefficient * stats.divergence * gated_T
     return estimator_T
