@@ -111,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as end:
         if end.code == 130 and "RANK" not in os.environ:  # Ctrl-C, as typer tells it
             print(
-                "interrupted: a training goes on from its last checkpoint when started again", file=sys.stderr
+                "interrupted: start the same command again; a training goes on from its last checkpoint",
+                file=sys.stderr,
             )
         raise
 

@@ -206,7 +206,7 @@ def test_ctrl_c_says_how_to_go_on(inputs, tmp_path):
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert (
-        "interrupted: a training goes on from its last checkpoint" in message and "Traceback" not in message
+        "a training goes on from its last checkpoint" in message and "Traceback" not in message
     )
 
 
