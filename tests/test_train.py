@@ -205,9 +205,7 @@ def test_ctrl_c_says_how_to_go_on(inputs, tmp_path):
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert (
-        "a training goes on from its last checkpoint" in message and "Traceback" not in message
-    )
+    assert "a training goes on from its last checkpoint" in message and "Traceback" not in message
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
