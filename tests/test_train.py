@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,12 +199,20 @@ def test_what_changed_since_the_last_start_is_said(inputs, tmp_path):
 def test_ctrl_c_says_how_to_go_on(inputs, tmp_path):
     run_dir = tmp_path / "run"
     config = write_config(inputs, run_dir, training__steps=5000)
-    process = subprocess.Popen(command("train", config), stderr=subprocess.PIPE, text=True)
+    listening = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a suite in the background ignores Ctrl-C
+    process = subprocess.Popen(
+        command("train", config), stderr=subprocess.PIPE, text=True, preexec_fn=listening
+    )
     deadline = time.monotonic() + 120
     while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    message = process.communicate(timeout=60)[1]
+    try:
+        message = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "a training goes on from its last checkpoint" in message and "Traceback" not in message
 

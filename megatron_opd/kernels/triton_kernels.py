@@ -94,6 +94,7 @@ def statistics_kernel(
     DTYPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """`torch_streaming.statistics` of one token."""
     token = tl.program_id(0).to(tl.int64)
     student += token * student_stride
     student_max, student_sum, student_moment = _empty(LOWEST, DTYPE)
@@ -153,6 +154,7 @@ def jsd_statistics_kernel(
     DTYPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """`torch_streaming.jsd_statistics` of one token."""
     token = tl.program_id(0).to(tl.int64)
     student += token * student_stride
     teacher += token * teacher_stride
@@ -192,6 +194,7 @@ def gradient_kernel(
     DTYPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """`torch_streaming.gradient` of one token."""
     token = tl.program_id(0).to(tl.int64)
     student += token * student_stride
     out += token * out_stride

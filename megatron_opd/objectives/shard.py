@@ -61,6 +61,7 @@ class Shard(NamedTuple):
         targets_N: Tensor | None,
         request: Request,
     ) -> Shard:
+        """This rank's part. ValueError for shapes or a vocab_size that do not agree."""
         group = request.group
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         count, width = _shape("student", student, ranks if request.sequence_parallel else 1)
