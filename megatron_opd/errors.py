@@ -12,6 +12,10 @@ _REFUSED = {
     errno.EACCES: "permission denied",
     errno.EROFS: "read-only file system",
     errno.ENOTDIR: "a parent of it is a file",
+    errno.EPERM: "operation not permitted",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "input/output error",
+    errno.ELOOP: "too many symbolic links",
 }
 _REFUSED_IN_WORDS = {
     "No space left on device": "no space left on device",

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -35,8 +35,29 @@ def hold(folder: Path) -> None:
 
 
 def aside_of(folder: Path) -> Path:
-    """Where a folder is while it is being written."""
+    """Where a folder is while it is being written. Raises UserError for one that cannot be written at all."""
+    folder = Path(os.path.abspath(folder))
+    if not folder.name:
+        raise UserError(f"{folder} cannot be an output folder: give a new one")
     return folder.with_name(f".{folder.name}.incomplete")
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing `folder` meanwhile. Raises UserError when one does."""
+    path = aside_of(folder).with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing {folder}: wait for it, or give another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -47,18 +68,21 @@ def written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     the disk is full or cannot be written. Then, as after any other error, nothing new is left behind. What a
     killed process left aside is cleared away first.
     """
-    if folder.exists() and not replace:
+    if os.path.lexists(folder) and not replace:
         raise UserError(f"{folder} exists already: remove it or choose another output folder")
     aside = aside_of(folder)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
+        with _only_writer(folder):
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                yield aside
+                if folder.exists():
+                    shutil.rmtree(folder)
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
         reason = None if isinstance(error, UserError) else why_refused(error)
         if reason is not None:
             raise UserError(f"cannot write {folder}: {reason}; nothing was left there") from error
@@ -67,11 +91,15 @@ def written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def tidied(folder: Path) -> Iterator[None]:
-    """Whatever other processes, killed perhaps, leave half-written of `folder` is removed at the end."""
+    """What started processes, killed perhaps, leave half-written of `folder` is removed at the end.
+
+    Not what another process is writing there.
+    """
     try:
         yield
     finally:
-        shutil.rmtree(aside_of(folder), ignore_errors=True)
+        with suppress(UserError, OSError), _only_writer(folder):
+            shutil.rmtree(aside_of(folder), ignore_errors=True)
 
 
 @contextmanager

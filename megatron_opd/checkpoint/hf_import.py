@@ -153,6 +153,9 @@ def _open(path: Path) -> Any:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(path.read_text())["weight_map"])
+        weight_map = dict(json.loads(path.read_text())["weight_map"])
+        if not all(isinstance(file_name, str) for file_name in weight_map.values()):
+            raise ValueError("a file name that is no text")
+        return weight_map
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a safetensors index: it holds no weight_map") from None

@@ -132,6 +132,7 @@ class StateReader:
     def __init__(self, state: Path) -> None:
         self.state = state
         self._metadata = read_metadata(state)
+        self._by_first: dict[str, dict[int, list[metadata.ChunkStorageMetadata]] | None] = {}
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -163,7 +164,7 @@ class StateReader:
         """
         out = torch.empty(tuple(sizes), dtype=self._stored(key).properties.dtype)
         filled = 0
-        for chunk in self._stored(key).chunks:
+        for chunk in self._chunks_of(key, offsets, sizes):
             starts = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
             stops = [
                 min(a + n, b + m)
@@ -179,6 +180,27 @@ class StateReader:
                 f"{self.state}: {key} is not complete: {filled} of {out.numel()} numbers are there"
             )
         return out
+
+    def _chunks_of(
+        self, key: str, offsets: Sequence[int], sizes: Sequence[int]
+    ) -> Sequence[metadata.ChunkStorageMetadata]:
+        """The chunks that may hold a part of this block.
+
+        A model of many experts has thousands of chunks under one key. Where each lies in one layer (the leading
+        dimension of stacked tensors), so does the block as a rule, and only that layer's chunks are looked at.
+        """
+        if key not in self._by_first:
+            chunks = self._stored(key).chunks
+            by_first: dict[int, list[metadata.ChunkStorageMetadata]] | None = None
+            if all(chunk.sizes and chunk.sizes[0] == 1 for chunk in chunks):
+                by_first = {}
+                for chunk in chunks:
+                    by_first.setdefault(chunk.offsets[0], []).append(chunk)
+            self._by_first[key] = by_first
+        found = self._by_first[key]
+        if found is None or sizes[0] != 1:
+            return self._stored(key).chunks
+        return found.get(offsets[0], [])
 
     def _stored(self, key: str) -> TensorStorageMetadata:
         stored = self._metadata.state_dict_metadata[key]

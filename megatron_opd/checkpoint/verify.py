@@ -196,21 +196,21 @@ def single_process_groups() -> Iterator[ProcessGroupCollection]:
 
 def compare_logits(first: Tensor, second: Tensor) -> Comparison:
     """Compare two arrays of logits [T, V] in fp32; the divergences are computed in fp64."""
-    differences, divergences = [], []
+    differences, ids, divergences = [], [], []
     agreeing = 0
     for a, b in zip(first.split(_ROWS_AT_ONCE), second.split(_ROWS_AT_ONCE), strict=True):
         log_p, log_q = (rows.double().log_softmax(-1) for rows in (a, b))
-        differences.append((a - b).abs())
+        furthest = (a - b).abs().max(-1)
+        differences.append(furthest.values)
+        ids.append(furthest.indices)
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0))  # a rounding error below 0
         agreeing += int((a.argmax(-1) == b.argmax(-1)).sum())
-    largest = torch.cat([rows.max(-1).values for rows in differences])
-    ids = torch.cat([rows.argmax(-1) for rows in differences])
-    kl = torch.cat(divergences)
+    largest, kl = torch.cat(differences), torch.cat(divergences)
     worst = int(largest.argmax())  # a NaN counts as the largest
     return Comparison(
         max_difference=float(largest[worst]),
         worst_position=worst,
-        worst_id=int(ids[worst]),
+        worst_id=int(torch.cat(ids)[worst]),
         mean_kl=float(kl.mean()),
         max_kl=float(kl.max()),
         top1_agreement=agreeing / len(first),

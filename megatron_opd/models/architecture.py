@@ -73,11 +73,49 @@ def read_config_json(folder: Path) -> dict:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} is not a model folder: it has no config.json") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object")
     return config
+
+
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "sliding_window",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+)
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **dict.fromkeys(_COUNTS, (int, "a whole number above 0")),
+    **dict.fromkeys(("rms_norm_eps", "router_aux_loss_coef"), ((int, float), "a number")),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), (dict, "an object")),
+    **dict.fromkeys(("layer_types", "mlp_only_layers"), (list, "a list")),
+    **dict.fromkeys(("model_type", "hidden_act"), (str, "text")),
+}
+
+
+def _checked_kinds(config: dict, where: str) -> dict:
+    """The keys that have a value (null is none). Raises UserError for one whose value is of the wrong kind."""
+    given = {key: value for key, value in config.items() if value is not None}
+    for key in _KINDS.keys() & given.keys():
+        (kind, wanted), value = _KINDS[key], given[key]
+        wrong = not isinstance(value, kind) or (kind is not str and isinstance(value, bool))
+        if wrong or (key in _COUNTS and value < 1):
+            raise UserError(f"{where}: {key} has to be {wanted}, not {value!r}")
+    return given
 
 
 def _refuse_unsupported(config: dict, family: Family, where: str) -> None:
@@ -138,8 +176,8 @@ def read_architecture(folder: str | Path) -> Architecture:
     Raises UserError for a missing folder, an unknown family, or any unsupported setting.
     """
     folder = Path(folder)
-    config = read_config_json(folder)
     where = f"{folder}/config.json"
+    config = _checked_kinds(read_config_json(folder), where)
     model_type = config.get("model_type", "?")
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_opd.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from megatron_opd.checkpoint.folders import written_aside
+from megatron_opd.checkpoint.folders import tidied, written_aside
 from megatron_opd.checkpoint.safetensors_files import SafetensorsFiles
 from megatron_opd.errors import UserError
 from megatron_opd.parallel.groups import ParallelLayout
@@ -269,3 +270,44 @@ def test_refused_write_keeps_the_older_folder(tmp_path, error, reason):
         except OSError as cause:
             raise RuntimeError("a writer's own words") from cause
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "old").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", "4"),
+        ("num_hidden_layers", 0),
+        ("hidden_size", 64.0),
+        ("rms_norm_eps", "a"),
+        ("rope_parameters", "x"),
+        ("layer_types", 3),
+        ("model_type", ["llama"]),
+        ("vocab_size", True),
+    ],
+)
+def test_a_config_value_of_the_wrong_kind_is_named(tmp_path, key, value):
+    folder = write_hf(tmp_path / "hf", "llama", tied=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=rf"config.json: {key} has to be .*, not {re.escape(repr(value))}$"):
+        hf_to_megatron(folder, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_a_folder_that_is_being_written_is_left_alone(tmp_path):
+    with written_aside(tmp_path / "out") as aside:
+        (aside / "mine").write_text("whole")
+        with pytest.raises(UserError, match="another process is writing"), written_aside(tmp_path / "out"):
+            raise AssertionError("never reached")
+        with tidied(tmp_path / "out"):
+            pass
+        assert (aside / "mine").read_text() == "whole"
+    assert (tmp_path / "out" / "mine").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no lock, no leftovers"
+
+
+@pytest.mark.parametrize("name", [".", "/", "x" * 300])
+def test_folders_that_cannot_be_made(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError), written_aside(Path(name)):
+        raise AssertionError("never reached")

@@ -244,7 +244,7 @@ def test_every_backward_pass_adds_to_the_buffer() -> None:
     ("change", "message"),
     [
         ({"kind": "forward"}, "unknown divergence kind 'forward'; supported: reverse_kl"),
-        ({"beta": 1.0}, "beta must lie between 0 and 1"),
+        ({"kind": "jsd", "beta": 1.0}, "beta must lie between 0 and 1"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"vocab_size": 49}, "vocab_size must be between 1 and 48"),
         ({"targets": torch.zeros(11, dtype=torch.int64)}, r"targets must have shape \(12,\)"),
