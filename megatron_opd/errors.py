@@ -14,7 +14,6 @@ _REFUSED = {
     errno.ENOTDIR: "a parent of it is a file",
     errno.EPERM: "operation not permitted",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.EIO: "input/output error",
     errno.ELOOP: "too many symbolic links",
 }
 _REFUSED_IN_WORDS = {
