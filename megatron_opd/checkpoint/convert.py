@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.checkpoint.folders import alike, aside_of, written_together
-from megatron_opd.checkpoint.hf_families import hf_from_shards, shard_from_hf
+from megatron_opd.checkpoint.hf_families import shard_from_hf
 from megatron_opd.checkpoint.hf_import import HfReader, check_hf_weights
-from megatron_opd.checkpoint.pieces import Piece, Plan, empty_objects, model_pieces, shares
+from megatron_opd.checkpoint.pieces import Piece, Plan, empty_objects, model_pieces
 from megatron_opd.checkpoint.safetensors_files import DTYPES, SafetensorsFiles, TensorSpec
 from megatron_opd.checkpoint.state_read import StateReader, StoredTensor
 from megatron_opd.checkpoint.state_write import Block, start_state, write_state
@@ -57,9 +57,10 @@ def hf_to_megatron(
     `write_state`.
     """
     plan = plan_hf_to_megatron(source, dtype)
-    mine = shares(plan.sizes, group.size())[group.rank()] if group else list(range(len(plan.pieces)))
+    mine = plan.share(group)
     count = _counted(progress, sum(plan.sizes[index] for index in mine))
-    reader = HfReader(source)
+    reader = plan.reader
+    assert isinstance(reader, HfReader)
 
     def make(index: int) -> torch.Tensor:
         piece, piece_dtype = plan.pieces[mine[index]], plan.dtypes[mine[index]]
@@ -98,9 +99,8 @@ def megatron_to_hf(
     object all-gather.
     """
     plan = plan_megatron_to_hf(source, dtype)
-    mine = shares(plan.sizes, group.size())[group.rank()] if group else list(range(len(plan.pieces)))
+    mine = plan.share(group)
     count = _counted(progress, sum(plan.sizes[index] for index in mine))
-    reader = StateReader(source / STATE)
     specs = [
         TensorSpec(name, shape, piece_dtype)
         for piece, piece_dtype in zip(plan.pieces, plan.dtypes, strict=True)
@@ -115,8 +115,7 @@ def megatron_to_hf(
                 files.create()
         for index in mine:
             piece = plan.pieces[index]
-            shard = reader.read(piece.key, piece.offsets, piece.real_sizes).flatten(0, piece.stacked)
-            for name, tensor in zip(piece.hf, hf_from_shards(piece.weight, plan.arch, [shard]), strict=True):
+            for name, tensor in zip(piece.hf, plan.read(piece), strict=True):
                 files.write(name, tensor)
             count(plan.sizes[index])
 
@@ -137,7 +136,7 @@ def plan_hf_to_megatron(source: Path, dtype: DtypeChoice = "keep") -> Plan:
         for name in piece.hf:
             found = DTYPES[reader.dtype(name)]
             kept[piece.key] = torch.promote_types(kept.get(piece.key, found), found)
-    return Plan(source, arch, pieces, [_CHOSEN.get(dtype, kept[piece.key]) for piece in pieces])
+    return Plan(source, reader, arch, pieces, [_CHOSEN.get(dtype, kept[piece.key]) for piece in pieces])
 
 
 def plan_megatron_to_hf(source: Path, dtype: DtypeChoice = "keep") -> Plan:
@@ -158,7 +157,9 @@ def plan_megatron_to_hf(source: Path, dtype: DtypeChoice = "keep") -> Plan:
         if key.startswith(_MODEL_PARTS):
             raise UserError(f"{source / STATE}: unexpected tensor {key}, not part of this architecture")
     reader.check_files(sorted(keys))
-    return Plan(source, arch, pieces, [_CHOSEN.get(dtype, found[piece.key].dtype) for piece in pieces])
+    return Plan(
+        source, reader, arch, pieces, [_CHOSEN.get(dtype, found[piece.key].dtype) for piece in pieces]
+    )
 
 
 @contextmanager

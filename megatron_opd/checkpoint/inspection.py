@@ -11,7 +11,7 @@ from megatron_opd.checkpoint.pieces import Piece, Plan
 from megatron_opd.checkpoint.safetensors_files import DTYPES
 from megatron_opd.checkpoint.state_read import StateReader, StoredTensor
 from megatron_opd.checkpoint.verify import checked_plan
-from megatron_opd.checkpoint.weights import STATE, is_megatron_folder
+from megatron_opd.checkpoint.weights import STATE
 from megatron_opd.data.tokenizer import ROLES, load_tokenizer
 from megatron_opd.models.architecture import Architecture
 
@@ -24,8 +24,8 @@ def describe_folder(folder: Path, *, tensors: bool = False) -> str:
     Raises UserError for whatever a conversion of the folder would refuse.
     """
     plan = checked_plan(folder)
-    megatron = is_megatron_folder(folder)
-    stored = StateReader(folder / STATE).tensors if megatron else _hf_tensors(plan)
+    megatron = isinstance(plan.reader, StateReader)
+    stored = plan.reader.tensors if isinstance(plan.reader, StateReader) else _hf_tensors(plan, plan.reader)
     keys = {piece.key for piece in plan.pieces} if megatron else stored.keys()
     model = {name: tensor for name, tensor in stored.items() if name in keys}
     beside = {name: tensor for name, tensor in stored.items() if name not in keys}
@@ -44,8 +44,7 @@ def describe_folder(folder: Path, *, tensors: bool = False) -> str:
     return f"{report}\n\n{_aligned(_tensor_rows(shown))}"
 
 
-def _hf_tensors(plan: Plan) -> dict[str, StoredTensor]:
-    reader = HfReader(plan.source)
+def _hf_tensors(plan: Plan, reader: HfReader) -> dict[str, StoredTensor]:
     return {
         name: StoredTensor(shape, DTYPES[reader.dtype(name)])
         for piece in plan.pieces

@@ -11,8 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from megatron_opd.checkpoint.hf_families import hf_shapes, model_weights, stored_at
+from megatron_opd.checkpoint.hf_families import hf_from_shards, hf_shapes, model_weights, stored_at
+from megatron_opd.checkpoint.hf_import import HfReader
+from megatron_opd.checkpoint.state_read import StateReader
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.families.rows import Weight
 
@@ -65,6 +69,7 @@ class Plan:
     """What a conversion moves: the checked source folder, the pieces, and the dtype each is written in."""
 
     source: Path
+    reader: HfReader | StateReader  # of the source, open since the check
     arch: Architecture
     pieces: Sequence[Piece]
     dtypes: Sequence[torch.dtype]
@@ -73,6 +78,18 @@ class Plan:
     def sizes(self) -> list[int]:
         """Bytes of each piece as it is written (or, for a Hugging Face folder, a little less: no padding)."""
         return [piece.nbytes(dtype) for piece, dtype in zip(self.pieces, self.dtypes, strict=True)]
+
+    def share(self, group: dist.ProcessGroup | None) -> list[int]:
+        """Indices of the pieces that this process of the group moves (None: all of them)."""
+        everything = shares(self.sizes, 1 if group is None else group.size())
+        return everything[0 if group is None else group.rank()]
+
+    def read(self, piece: Piece) -> list[Tensor]:
+        """The piece's Hugging Face tensors, in the order of `piece.hf`, from a source of either kind."""
+        if isinstance(self.reader, HfReader):
+            return [self.reader.read(name, 0, 0, shape[0]) for name, shape in piece.hf.items()]
+        block = self.reader.read(piece.key, piece.offsets, piece.real_sizes)
+        return hf_from_shards(piece.weight, self.arch, [block.flatten(0, piece.stacked)])
 
     def describe(self) -> str:
         """The plan as text: a line a piece (megatron's name, shape, dtype, bytes, Hugging Face names) and the total."""

@@ -117,6 +117,7 @@ class _LazyPlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """Make what is written for this item, now."""
         if write_item.type == WriteItemType.BYTE_IO:
             stream = io.BytesIO()
             torch.save([None], stream)
@@ -133,6 +134,7 @@ class _BlockWriter(checkpoint.FileSystemWriter):
     """torch's writer, which itself keeps the last tensor of every key until the file is complete."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the plan's items to one file, one after the other."""
         name = f"{plan.storage_data.prefix}0.distcp"
         results = []
         with (Path(self.path) / name).open("wb") as file:

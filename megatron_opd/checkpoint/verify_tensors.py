@@ -10,12 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_opd.checkpoint.hf_families import hf_from_shards
-from megatron_opd.checkpoint.hf_import import HfReader
-from megatron_opd.checkpoint.pieces import Piece, Plan
-from megatron_opd.checkpoint.state_read import StateReader
+from megatron_opd.checkpoint.pieces import Plan
 from megatron_opd.checkpoint.verify import checked_plan
-from megatron_opd.checkpoint.weights import STATE, is_megatron_folder
 from megatron_opd.errors import UserError
 
 _BITS = {4: torch.int32, 2: torch.int16}
@@ -45,11 +41,10 @@ def verify_tensors(
     """
     a, b = checked_plan(first), checked_plan(second)
     _check_same_shapes(a, b)
-    read_a, read_b = _reader(a), _reader(b)
     differences: list[str] = []
     total, done, tensors = sum(a.sizes), 0, 0
     for piece, size in zip(a.pieces, a.sizes, strict=True):
-        for name, mine, theirs in zip(piece.hf, read_a(piece), read_b(piece), strict=True):
+        for name, mine, theirs in zip(piece.hf, a.read(piece), b.read(piece), strict=True):
             tensors += 1
             difference = _difference(mine, theirs)
             if difference:
@@ -58,20 +53,6 @@ def verify_tensors(
         if progress is not None:
             progress(done, total)
     return TensorComparison(tensors, total, differences)
-
-
-def _reader(plan: Plan) -> Callable[[Piece], list[Tensor]]:
-    """Reads the Hugging Face tensors of a piece."""
-    if not is_megatron_folder(plan.source):
-        hf = HfReader(plan.source)
-        return lambda piece: [hf.read(name, 0, 0, shape[0]) for name, shape in piece.hf.items()]
-    state = StateReader(plan.source / STATE)
-
-    def read(piece: Piece) -> list[Tensor]:
-        shard = state.read(piece.key, piece.offsets, piece.real_sizes).flatten(0, piece.stacked)
-        return hf_from_shards(piece.weight, plan.arch, [shard])
-
-    return read
 
 
 def _difference(a: Tensor, b: Tensor) -> str:

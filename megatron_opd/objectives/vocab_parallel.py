@@ -114,6 +114,7 @@ class _Compare(torch.autograd.Function):
         ids_NK: Tensor | None,
         work: _Work,
     ) -> tuple[Tensor | None, ...]:
+        """The fields of `Compared`, in order."""
         shard, request, _ = work
         if request.sequence_parallel:
             student = _gather_tokens(student, work)
@@ -154,6 +155,7 @@ class _Compare(torch.autograd.Function):
         ids_grad_NK: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
+        """Gradients of the student's logits, or of its hidden states and head; None for the other inputs."""
         student, student_weight, teacher, teacher_weight, targets_N, ids_NK, *numbers = ctx.saved_tensors
         work: _Work = ctx.work
         shard, request, weight_grad = work
