@@ -260,6 +260,7 @@ def checkpoint_store(
             "data.prompts (SHA-256 of their tokens)": texts.training.digest,
             "data.shuffle": str(config.data.shuffle),
             "seed": str(config.seed),
+            "optimizer.name": config.optimizer.name,
         },
     )
 
