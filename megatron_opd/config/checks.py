@@ -52,20 +52,13 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def check_fields(config: Config) -> None:
     """Conditions between keys alone."""
-    optimizer, training, parallel = config.optimizer, config.training, config.parallel
+    training, parallel = config.training, config.parallel
     if parallel.context > 1:
         raise UserError("parallel.context: context parallelism is not available yet: set it to 1")
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tensor > 1: set it to false")
-    if optimizer.warmup_steps > training.steps:
-        raise UserError(
-            f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than training.steps = "
-            f"{training.steps}: lower it"
-        )
-    if optimizer.min_lr > optimizer.lr:
-        raise UserError(
-            f"optimizer.min_lr: {optimizer.min_lr:g} is more than optimizer.lr = {optimizer.lr:g}: lower it"
-        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError("parallel.virtual_pipeline: needs parallel.pipeline > 1: set it to 1")
     if config.evaluation.every and config.evaluation.prompts is None:
         raise UserError(
             "evaluation.every: there is nothing to evaluate on: give evaluation.prompts, or set it to 0"
@@ -76,6 +69,7 @@ def check_fields(config: Config) -> None:
             f"training.updates_per_rollout: {training.updates_per_rollout} updates need a rollout each, but a "
             f"step has {batch} (rollout.prompts_per_step * rollout.samples_per_prompt): lower it"
         )
+    _check_optimizer(config)
     _check_microbatch(config)
     _check_objective(config)
 
@@ -111,6 +105,28 @@ def check_layout(
                 "lower it, or set objective.support to full"
             )
     return config.parallel.model_copy(update={"data": data})
+
+
+def _check_optimizer(config: Config) -> None:
+    """Keys of the optimizer among themselves and with the length of the run."""
+    optimizer, steps = config.optimizer, config.training.steps
+    if optimizer.warmup_steps > steps:
+        raise UserError(
+            f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than training.steps = {steps}: lower it"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr: {optimizer.min_lr:g} is more than optimizer.lr = {optimizer.lr:g}: lower it"
+        )
+    if optimizer.name != "sgd":
+        return
+    for key in ("beta1", "beta2", "eps"):
+        if getattr(optimizer, key) != type(optimizer).model_fields[key].default:
+            raise UserError(f"optimizer.{key}: only adam reads it: remove it, or set optimizer.name to adam")
+    if optimizer.distributed:
+        raise UserError(
+            "optimizer.distributed: sgd has no state to shard, and megatron-core could not save it: leave it null"
+        )
 
 
 def _check_objective(config: Config) -> None:
@@ -157,13 +173,18 @@ def _check_microbatch(config: Config) -> None:
 
 
 def _check_divisible(parallel: ParallelConfig, models: dict[str, ModelSizes]) -> None:
-    """Heads and key-value heads over TP, layers over PP, in every model."""
+    """Heads and key-value heads over TP, layers over PP and its chunks, in every model."""
     heads = {f"attention heads of the {role}": model.num_heads for role, model in models.items()}
     groups = {f"key-value heads of the {role}": model.num_kv_groups for role, model in models.items()}
     layers = {f"layers of the {role}": model.num_layers for role, model in models.items()}
+    chunks = {
+        f"layers of the {role} in a pipeline process": model.num_layers // parallel.pipeline
+        for role, model in models.items()
+    }
     for key, size, counts in (
         ("parallel.tensor", parallel.tensor, heads | groups),
         ("parallel.pipeline", parallel.pipeline, layers),
+        ("parallel.virtual_pipeline", parallel.virtual_pipeline, chunks),
     ):
         common = math.gcd(*counts.values())
         fitting = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)
