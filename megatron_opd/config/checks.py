@@ -50,6 +50,14 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // replica
 
 
+def segment_alignment(tensor: int, context: int, sequence_parallel: bool) -> int:
+    """What the length of every packed segment is a multiple of.
+
+    Context parallelism cuts it into two chunks a rank, sequence parallelism a rank's share into one a rank.
+    """
+    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
+
+
 def check_fields(config: Config) -> None:
     """Conditions between keys alone."""
     training, parallel = config.training, config.parallel
