@@ -222,26 +222,27 @@ def in_flight(setting: Setting, stage: int) -> float:
 
 
 def _training(setting: Setting, stage: int, parameters: Sequence[Sequence[Parameter]]) -> dict[str, int]:
-    """Payload, activations of all microbatches in flight, the objective, and the working set of the backward pass."""
+    """Payload, activations of all microbatches in flight, and the larger of two things that are never there together:
+    the objective with the head's gradient, and the backward pass of a layer.
+
+    The latter computes again what the recompute policy has left out of a layer, and makes the gradient of its largest
+    weight in the weights' dtype before it is added to the float32 ones.
+    """
     arch, layout, pack = setting.student, setting.layout, setting.workload.fullest
     chunks = chunks_of_stage(arch, layout, stage)
     kept = sum(kept_by_chunk(setting, arch, pack, chunk) for chunk in chunks)
-    head = objective_buffers(setting, pack) if stage == layout.pipeline - 1 else 0
+    recompute = setting.config.training.recompute
+    again = {"none": 0, "selective": recomputed_attention(setting, arch, pack)}
+    again["full"] = kept_by_layer(setting, arch, pack)
     largest = max(parameter.numel for chunk in parameters for parameter in chunk)
+    layer = again[recompute] + setting.bytes_per_value * largest
+    head = objective_buffers(setting, pack) if stage == layout.pipeline - 1 else 0
     return {
         "teacher payload": _payload(setting, stage),
         "activations": math.ceil(kept * in_flight(setting, stage)),
-        "objective": head,
-        "working set": setting.bytes_per_value * largest + _backward(setting, arch, pack),
+        "objective": head if head >= layer else 0,
+        "working set": layer if layer > head else 0,
     }
-
-
-def _backward(setting: Setting, arch: Architecture, pack: Pack) -> int:
-    """What the backward pass of a layer computes again (by recompute policy)."""
-    recompute = setting.config.training.recompute
-    if recompute == "full":
-        return kept_by_layer(setting, arch, pack)
-    return recomputed_attention(setting, arch, pack) if recompute == "selective" else 0
 
 
 def _chunk(setting: Setting, pack: Pack) -> int:
@@ -251,20 +252,23 @@ def _chunk(setting: Setting, pack: Pack) -> int:
 
 
 def objective_buffers(setting: Setting, pack: Pack) -> int:
-    """On the last stage: logits shards of student and teacher [N, V/TP], or of a chunk of the tokens; the student's
-    hidden states at the N tokens and their gradient; statistics. On a CPU three float32 blocks of the kernels, and
-    with chunks the block of the head's gradient.
+    """On the last stage, of N loss tokens: the student's hidden states [N, H] and their gradient, statistics, and
+
+    - logits shards of student and teacher [N, V/TP] (the gradient is written into the student's), on a CPU with three
+      float32 blocks of the kernels; or, later, one of them with the gradient of the head [V/TP, H];
+    - with `head_chunk` the logits of a chunk only, the block of the head's gradient that is computed at once, and zeros
+      that stand for the head's gradient.
     """
     section, value = setting.config.objective, setting.bytes_per_value
     tokens = pack.loss_tokens // setting.layout.context
+    cpu, hidden = setting.kernels == "cpu", setting.student.hidden_size
     logits = _chunk(setting, pack) * setting.vocab_shard
-    size = 2 * value * logits + 2 * value * tokens * setting.student.hidden_size + _STATISTICS * tokens
+    blocks = 3 * _FP32 * min(CPU_BLOCK_ELEMENTS, logits) if cpu else 0
+    head = value * setting.vocab_shard * hidden
+    size = 2 * value * tokens * hidden + _STATISTICS * tokens
     if setting.objective.support != "full":
         size += _SUPPORT * tokens * (section.k + 1)
-    cpu = setting.kernels == "cpu"
-    if cpu:
-        size += 3 * _FP32 * min(CPU_BLOCK_ELEMENTS, logits)
-    if section.head_chunk is not None:
-        block = CPU_WEIGHT_GRADIENT_ELEMENTS if cpu else DEVICE_WEIGHT_GRADIENT_ELEMENTS
-        size += value * min(block, setting.vocab_shard * setting.student.hidden_size)
-    return size
+    if section.head_chunk is None:
+        return size + max(2 * value * logits + blocks, value * logits + head)
+    block = CPU_WEIGHT_GRADIENT_ELEMENTS if cpu else DEVICE_WEIGHT_GRADIENT_ELEMENTS
+    return size + 2 * value * logits + max(blocks, value * min(block, setting.vocab_shard * hidden), head)
