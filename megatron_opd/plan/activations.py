@@ -117,12 +117,10 @@ def _queries_and_keys(w: Widths, arch: Architecture) -> int:
     if not arch.qk_norm:
         return rotary
     rows = _FP32 * w.t * (w.Q + w.G) // w.D
-    normalised = _FP32 * w.t * (w.Q + w.G) if w.cpu else 0
-    if _keeps_projection(w, arch):
-        inputs = w.c * w.t * (w.Q + w.Q + 2 * w.G)  # queries are a copy, keys a view of the projection's output
-    else:
-        inputs = _FP32 * w.t * (w.Q + w.G)
-    return rotary + inputs + normalised + rows
+    copied = _FP32 * w.t * (w.Q + w.G)
+    # Otherwise queries are a copy, and keys a view of the projection's output.
+    inputs = w.c * w.t * (w.Q + w.Q + 2 * w.G) if _keeps_projection(w, arch) else copied
+    return rotary + inputs + (copied if w.cpu else 0) + rows
 
 
 def _attention(w: Widths) -> int:

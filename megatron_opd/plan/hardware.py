@@ -44,10 +44,14 @@ class Hardware(_Numbers):
         description="GiB of it for the context, communication buffers and fragmentation."
     )
     peak: Peak
-    achieved: Share = Field(description="Share of the peak that large matrix products reach, all around included.")
+    achieved: Share = Field(
+        description="Share of the peak that large matrix products reach, all around included."
+    )
     memory_bandwidth: Positive = Field(description="GB/s.")
     memory_achieved: Share = Field(description="Share of it that is reached.")
-    launch: Annotated[float, Field(ge=0)] = Field(description="Microseconds that starting an operation takes.")
+    launch: Annotated[float, Field(ge=0)] = Field(
+        description="Microseconds that starting an operation takes."
+    )
     devices_per_node: Annotated[int, Field(ge=1)]
     within_node: Link
     between_nodes: Link
@@ -60,18 +64,20 @@ class Hardware(_Numbers):
 
 def known_hardware() -> list[str]:
     """Names of the files that come with the package."""
-    return sorted(file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml"))
+    return sorted(
+        file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml")
+    )
 
 
 def load_hardware(name: str) -> Hardware:
     """The hardware of this name, or of this YAML file. Raises UserError when there is none or it is broken."""
-    file: Traversable | Path = _folder() / f"{name}.yaml" if name in known_hardware() else Path(name).expanduser()
+    file: Traversable | Path = (
+        _folder() / f"{name}.yaml" if name in known_hardware() else Path(name).expanduser()
+    )
     try:
         numbers = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(
-            f"--hardware: {name} is no file and none of {', '.join(known_hardware())}"
-        ) from None
+        raise UserError(f"--hardware: {name} is no file and none of {', '.join(known_hardware())}") from None
     except (UnicodeDecodeError, yaml.YAMLError):
         raise UserError(f"--hardware: {name} is not valid YAML") from None
     try:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_opd.kernels.torch_streaming import CPU_BLOCK_ELEMENTS
-from megatron_opd.models.architecture import Architecture
 from megatron_opd.objectives.logits import CPU_WEIGHT_GRADIENT_ELEMENTS, DEVICE_WEIGHT_GRADIENT_ELEMENTS
 from megatron_opd.plan.activations import kept_by_chunk, kept_by_layer, recomputed_attention
 from megatron_opd.plan.parameters import Parameter, chunks_of_stage, stage_parameters
@@ -18,7 +17,9 @@ from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
 
 _FP32 = 4
-_STATISTICS = 400  # bytes a loss token, and a token and id of a top-K support: what tests/objectives/test_memory.py
+_STATISTICS = (
+    400  # bytes a loss token, and a token and id of a top-K support: what tests/objectives/test_memory.py
+)
 _SUPPORT = 250  # holds the objectives to
 PHASES = ("rollout", "scoring", "training")
 
@@ -149,16 +150,21 @@ def _rollout(setting: Setting, stage: int, chunks: Sequence[Sequence[Parameter]]
     """The cache, copies of weights, and the larger of a prompt pass and of drawing from logits.
 
     Experts under expert parallelism: a replica gathers all of the stage's, dealt out over its tensor-parallel ranks.
-    On a CPU every matrix is copied in another order. A prompt pass holds at most `PROMPT_TOKENS` tokens (a longer prompt
-    alone) and what one layer would keep. Drawing holds the shards and the whole of the logits [B, V] in the weights'
-    dtype and two float32 copies.
+    On a CPU every matrix is copied in another order. A prompt pass holds at most `PROMPT_TOKENS` tokens (a longer
+    prompt alone) and what one layer would keep. Drawing holds the shards and the whole of the logits [B, V] in the
+    weights' dtype and two float32 copies.
     """
     arch, work, layout = setting.student, setting.workload, setting.layout
     layers = sum(chunk.layers for chunk in chunks_of_stage(arch, layout, stage))
     value = setting.bytes_per_value
     experts = sum(parameter.numel for chunk in chunks for parameter in chunk if parameter.expert)
     all_experts = experts * layout.expert // layout.tensor
-    dense = sum(parameter.numel for chunk in chunks for parameter in chunk if parameter.matrix and not parameter.expert)
+    dense = sum(
+        parameter.numel
+        for chunk in chunks
+        for parameter in chunk
+        if parameter.matrix and not parameter.expert
+    )
     if setting.kernels == "cpu":
         copies = value * (dense + all_experts)
     else:

@@ -183,7 +183,9 @@ def _sequences(setting: Setting, vocab: int) -> list[Rollout]:
 
     count = work.sequences * setting.layout.data
     logprobs = [-1.0] * work.response
-    return [Rollout(str(i), 0, ids(work.prompt), ids(work.response), logprobs, "length", 0) for i in range(count)]
+    return [
+        Rollout(str(i), 0, ids(work.prompt), ids(work.response), logprobs, "length", 0) for i in range(count)
+    ]
 
 
 def measure(config: Config) -> Measured:
@@ -258,7 +260,9 @@ def _measured_by_processes(config: Config, ranks: int) -> list[Measured]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.plan_check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.plan_check", description=__doc__.splitlines()[0]
+    )
     for name, default in vars(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     sizes = Sizes(**vars(parser.parse_args()))
