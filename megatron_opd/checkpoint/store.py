@@ -8,7 +8,6 @@ save cut short is never picked up. `checkpoints/latest` is a link for people; re
 Nothing random is saved: sampling noise is counter-based and the models have no dropout.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opd.checkpoint.checksums import first_damaged_file, write_checksums
 from megatron_opd.checkpoint.state_read import plain_data_only
 from megatron_opd.checkpoint.weights import STATE, copy_model_files
 from megatron_opd.errors import UserError, why_refused
@@ -98,12 +98,7 @@ class CheckpointStore:
     def _publish(self, aside: Path, final: Path, run_state: dict[str, Any]) -> None:
         copy_model_files(self.model_folder, aside)
         (aside / "run.json").write_text(json.dumps(run_state, indent=1))
-        sums = {
-            str(path.relative_to(aside)): checksum(path)
-            for path in sorted(aside.rglob("*"))
-            if path.is_file()
-        }
-        (aside / "checksums.json").write_text(json.dumps(sums, indent=1))
+        write_checksums(aside, aside.rglob("*"))
         for path in aside.rglob("*"):
             _sync(path)
         _sync(aside)
@@ -195,25 +190,6 @@ def sharded_state(
 def published(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
-
-
-def first_damaged_file(folder: Path) -> str | None:
-    """The first file of a checkpoint that is missing or differs from its checksum, None when all are intact."""
-    try:
-        sums = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError):
-        return "checksums.json"
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file() or checksum(path) != expected:
-            return name
-    return None
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

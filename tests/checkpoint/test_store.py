@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_opd.checkpoint import store as store_module
-from megatron_opd.checkpoint.store import CheckpointStore, first_damaged_file, published, sharded_state
+from megatron_opd.checkpoint.checksums import first_damaged_file
+from megatron_opd.checkpoint.store import CheckpointStore, published, sharded_state
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
