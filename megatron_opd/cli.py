@@ -128,7 +128,7 @@ def _usage_error(error: typer.TyperException) -> UserError:
     message = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
     near = getattr(error, "possibilities", None)
     if near:
-        message = f"no such option: {error.option_name}; did you mean {' or '.join(sorted(near))}?"  # type: ignore[attr-defined]
+        message = f"no such option: {error.option_name}; did you mean {near[0]}?"  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "megatron-opd"
     return UserError(f"{message[0].lower()}{message[1:]} (see {command} --help)")

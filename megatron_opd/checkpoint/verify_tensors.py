@@ -37,17 +37,16 @@ class TensorComparison:
 def verify_tensors(first: Path, second: Path, progress: Progress | None = None) -> TensorComparison:
     """Compare every tensor of two folders of either kind; equal numbers in different dtypes count as different.
 
-    The files of a Megatron folder are compared with their checksums first. `progress(done, total)` is called with bytes,
-    those read for that included. Raises UserError for a broken folder, and for models of different shapes.
+    The files of a Megatron folder are compared with their checksums first. `progress(done, total)` is called with
+    bytes, those read for that included. Raises UserError for a broken folder, and for models of different shapes.
     """
     a, b = checked_plan(first), checked_plan(second)
     _check_same_shapes(a, b)
     recorded = [
         StateChecksums(plan.source / STATE) for plan in (a, b) if isinstance(plan.reader, StateReader)
     ]
-    count = SharedCount(
-        sum(checksums.nbytes for checksums in recorded) + sum(spec.nbytes for spec in a.specs), None, progress
-    )
+    total = sum(spec.nbytes for spec in a.specs) + sum(checksums.nbytes for checksums in recorded)
+    count = SharedCount(total, None, progress)
     for checksums in recorded:
         checksums.check(count=count.add)
     differences: list[str] = []
