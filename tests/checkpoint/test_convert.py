@@ -93,6 +93,9 @@ def test_the_checkpoint_is_described_like_megatron_cores_own(gloo, folder, tmp_p
     gloo(1, save_with_megatron_core, folder, tmp_path / "theirs", ParallelLayout())
     hf_to_megatron(folder, tmp_path / "ours")
     assert described(tmp_path / "ours") == described(tmp_path / "theirs")
+    interleaved = ParallelLayout(pipeline=2, virtual_pipeline=2)
+    gloo(2, save_with_megatron_core, folder, tmp_path / "interleaved", interleaved)
+    assert described(tmp_path / "ours") == described(tmp_path / "interleaved")
     for name in ("metadata.json", "common.pt"):
         ours, theirs = (tmp_path / which / "state" / name for which in ("ours", "theirs"))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -102,9 +105,11 @@ def test_the_checkpoint_is_described_like_megatron_cores_own(gloo, folder, tmp_p
         assert torch.equal(ours, theirs), key
 
 
-def test_conversion_from_any_layout_gives_the_same_bits(gloo, folder, tmp_path):
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_conversion_from_any_layout_gives_the_same_bits(gloo, folder, tmp_path, virtual):
     moe = read_architecture(folder).moe is not None
-    layout = ParallelLayout(data=2, expert=2, pipeline=2) if moe else ParallelLayout(tensor=2, pipeline=2)
+    others: dict[str, Any] = {"data": 2, "expert": 2} if moe else {"tensor": 2}
+    layout = ParallelLayout(pipeline=2, virtual_pipeline=virtual, **others)
     gloo(4, save_with_megatron_core, folder, tmp_path / "run", layout, optimizer=True)
     megatron_to_hf(tmp_path / "run", tmp_path / "back")
     assert_identical(safetensors_of(tmp_path / "back"), safetensors_of(folder))

@@ -79,6 +79,8 @@ def test_the_same_layout_goes_on_bit_for_bit(gloo, models, tmp_path, layout, dis
         (ParallelLayout(tensor=2, pipeline=2), ParallelLayout(data=2)),
         (ParallelLayout(data=2), ParallelLayout(tensor=2, pipeline=2)),
         (ParallelLayout(pipeline=2, data=2), ONE),
+        (ParallelLayout(pipeline=2, virtual_pipeline=2), ParallelLayout(tensor=2)),
+        (ParallelLayout(data=2), ParallelLayout(pipeline=2, data=2, virtual_pipeline=2)),
     ],
     ids=str,
 )
