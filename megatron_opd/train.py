@@ -44,7 +44,7 @@ def train(config: Config) -> None:
         export = config.run_dir / "hf" if config.checkpoint.export_hf else None
         if export is not None:
             architecture, source = job.architecture, config.student.path
-            save_hf(job.student.gpt, architecture, job.groups, source, export, replace=True)
+            save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
         log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
     dist.destroy_process_group()
 
@@ -105,7 +105,7 @@ def changes_since(config: Config) -> list[str]:
 def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`: model, optimizer, prompt position."""
     state = {"prompts": job.prompts.state_dict()}
-    job.checkpoints.save(step, job.student.gpt, job.student.optimizer, state)
+    job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state)
 
 
 def resume(job: Job) -> int:
@@ -113,7 +113,7 @@ def resume(job: Job) -> int:
     folder = job.checkpoints.newest_intact()
     if folder is None:
         return 0
-    state = job.checkpoints.load(folder, job.student.gpt, job.student.optimizer)
+    state = job.checkpoints.load(folder, job.student.chunks, job.student.optimizer)
     job.prompts.load_state_dict(state["prompts"])
     job.student.continue_after(state["step"])
     if state["step"] > job.config.training.steps:

@@ -57,6 +57,8 @@ def check_fields(config: Config) -> None:
         raise UserError("parallel.context: context parallelism is not available yet: set it to 1")
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tensor > 1: set it to false")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError("parallel.virtual_pipeline: needs parallel.pipeline > 1: set it to 1")
     if optimizer.warmup_steps > training.steps:
         raise UserError(
             f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than training.steps = "
@@ -157,13 +159,18 @@ def _check_microbatch(config: Config) -> None:
 
 
 def _check_divisible(parallel: ParallelConfig, models: dict[str, ModelSizes]) -> None:
-    """Heads and key-value heads over TP, layers over PP, in every model."""
+    """Heads and key-value heads over TP, layers over PP and its chunks, in every model."""
     heads = {f"attention heads of the {role}": model.num_heads for role, model in models.items()}
     groups = {f"key-value heads of the {role}": model.num_kv_groups for role, model in models.items()}
     layers = {f"layers of the {role}": model.num_layers for role, model in models.items()}
+    chunks = {
+        f"layers of the {role} in a pipeline process": model.num_layers // parallel.pipeline
+        for role, model in models.items()
+    }
     for key, size, counts in (
         ("parallel.tensor", parallel.tensor, heads | groups),
         ("parallel.pipeline", parallel.pipeline, layers),
+        ("parallel.virtual_pipeline", parallel.virtual_pipeline, chunks),
     ):
         common = math.gcd(*counts.values())
         fitting = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)

@@ -39,6 +39,11 @@ class ParallelConfig(Section):
 
     tensor: PositiveInt = Field(1, description="Processes that share the matrices of every layer (TP).")
     pipeline: PositiveInt = Field(1, description="Consecutive groups of layers, one a process (PP).")
+    virtual_pipeline: PositiveInt = Field(
+        1,
+        description="Groups of layers each pipeline process holds, interleaved (VPP): less idle time, more traffic; "
+        "needs pipeline > 1.",
+    )
     context: PositiveInt = Field(1, description="Processes that share every sequence (CP).")
     data: PositiveInt | None = Field(
         None, description="Replicas of the model (DP). null: as many as the started processes allow."

@@ -43,13 +43,14 @@ def pack(
     dp_size: int,
     token_budget: int,
     alignment: int = 1,
+    count_multiple: int = 1,
     loss_mask: LossMask | None = None,
 ) -> list[list[Microbatch]]:
     """Deal the rollouts to the data-parallel ranks and pack each rank's share into microbatches.
 
-    `result[dp_rank]` are that rank's microbatches. Every rank has the same number of them, at least one;
-    where a rank would have fewer it splits its largest, and only when each holds one rollout it adds an empty
-    one. Deterministic: the same rollouts in the same order give the same microbatches.
+    `result[dp_rank]` are that rank's microbatches. Every rank has the same number of them, at least one and a
+    multiple of `count_multiple`; where a rank would have fewer it splits its largest, and only when each holds
+    one rollout it adds an empty one. Deterministic: the same rollouts in the same order give the same microbatches.
 
     Every segment is padded with zeros to a multiple of `alignment`, and no microbatch exceeds `token_budget`
     tokens. `loss_mask` says which response tokens are loss positions (None: all); the others stay inputs.
@@ -72,7 +73,8 @@ def pack(
             f"tokens (prompt, response and padding); set it to {max(lengths)} or more"
         )
     bins_by_rank = [_fill_bins(share, lengths, token_budget) for share in _deal(lengths, dp_size)]
-    count = max(1, *(len(bins) for bins in bins_by_rank))
+    most = max(1, *(len(bins) for bins in bins_by_rank))
+    count = -(-most // count_multiple) * count_multiple
     return [
         [_build([kept[i] for i in members], alignment) for members in _spread(bins, lengths, count)]
         for bins in bins_by_rank

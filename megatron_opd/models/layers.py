@@ -114,8 +114,13 @@ class Router(TopKRouter):
         return F.linear(input.float(), self.weight.float())
 
 
-def local_block_spec(config: TransformerConfig, pipeline_rank: int) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage without transformer-engine: megatron-core's local spec with the parts above."""
+def local_block_spec(
+    config: TransformerConfig, pipeline_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Layers of one model chunk without transformer-engine: megatron-core's local spec with the parts above.
+
+    `vp_stage` counts the chunks of a rank; None: it has only one.
+    """
     layer = copy.deepcopy(
         get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -132,5 +137,5 @@ def local_block_spec(config: TransformerConfig, pipeline_rank: int) -> Transform
         modules.mlp.submodules.router = Router
         # The norm before experts is not fused with anything under transformer-engine either: one checkpoint for both.
         del modules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    count = get_num_layers_to_build(config, pp_rank=pipeline_rank)
+    count = get_num_layers_to_build(config, vp_stage, pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_opd.data.packing import Microbatch
@@ -31,10 +32,10 @@ class TeacherPayload:
 
 
 class MegatronTeacher:
-    """A frozen model on the student's ranks. It has no gradients and no optimizer."""
+    """A frozen model on the student's ranks, `chunks` of it on this one. It has no gradients and no optimizer."""
 
-    def __init__(self, model: GPT, groups: ProcessGroupCollection) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, chunks: Sequence[GPT], groups: ProcessGroupCollection) -> None:
+        self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
         self.groups = groups
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherPayload | None]:
@@ -42,7 +43,7 @@ class MegatronTeacher:
 
         Collectives: those of a forward pass in the teacher's layout. Memory kept: N * D numbers.
         """
-        hidden = final_hidden_states(self.model, self.model, microbatches, self.groups)
+        hidden = final_hidden_states(self.chunks, microbatches, self.groups)
         return [None if hidden_ND is None else TeacherPayload(hidden_ND) for hidden_ND in hidden]
 
     def logits(self, payload: TeacherPayload, *, chunked: bool) -> Tensor | LinearLogits:
@@ -51,29 +52,29 @@ class MegatronTeacher:
         Last stage only, no collectives.
         """
         if chunked:
-            return LinearLogits(payload.hidden_ND, self.model.head_weight)
+            return LinearLogits(payload.hidden_ND, self.chunks[-1].head_weight)
         with torch.no_grad():
-            return logits_shard(payload.hidden_ND, self.model.head_weight, self.groups.tp)
+            return logits_shard(payload.hidden_ND, self.chunks[-1].head_weight, self.groups.tp)
 
 
 def final_hidden_states(
-    model: torch.nn.Module, gpt: GPT, microbatches: Sequence[Microbatch], groups: ProcessGroupCollection
+    chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], groups: ProcessGroupCollection
 ) -> list[Tensor | None]:
     """Final-norm hidden states [N, D] at the loss positions of each microbatch, None but on the last stage.
 
-    A forward pass without gradients through `model`, which is `gpt` or the DDP wrapper around it.
+    A forward pass without gradients through this rank's `chunks`, bare or in DDP wrappers.
     """
+    sharded = get_model_config(chunks[0]).sequence_parallel
 
-    def forward_step(inputs: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(inputs: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         microbatch: Microbatch = next(inputs)
         hidden_T1D = packed_forward(
-            stage, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
+            chunk, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
         )
 
         def at_loss_positions(output_T1D: Tensor, non_loss_data: bool) -> Tensor:
             assert non_loss_data
             positions_N = microbatch.mask_T.nonzero()[:, 0]
-            sharded = gpt.config.sequence_parallel
             return select_positions(output_T1D, positions_N, group=groups.tp, sequence_parallel=sharded)
 
         return hidden_T1D, at_loss_positions
@@ -81,9 +82,8 @@ def final_hidden_states(
     collected: list[Tensor | None] = run_schedule(
         forward_step,
         microbatches,
-        model,
+        chunks,
         groups,
-        count=len(microbatches),
         forward_only=True,
         collect=True,
     )

@@ -1,6 +1,7 @@
 """The student as it is trained: model, megatron-core DDP, optimizer, learning-rate schedule."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,10 @@ from megatron_opd.parallel import torch_adam
 
 @dataclass
 class Student:
-    """The trained model. `gpt` is the bare model, `ddp` the wrapper that owns the gradient buffers."""
+    """The trained model. `chunks` are this rank's bare model chunks, `ddps` their wrappers, which own the gradients."""
 
-    gpt: GPT
-    ddp: DistributedDataParallel
+    chunks: list[GPT]
+    ddps: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     config: OptimizerConfig
@@ -50,7 +51,8 @@ class Student:
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers before a new update."""
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddps:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def apply_gradients(self) -> tuple[float, bool]:
@@ -71,7 +73,12 @@ class Student:
 
 
 def build_student(
-    gpt: GPT, config: OptimizerConfig, groups: ProcessGroupCollection, *, precision: str, steps: int
+    chunks: Sequence[GPT],
+    config: OptimizerConfig,
+    groups: ProcessGroupCollection,
+    *,
+    precision: str,
+    steps: int,
 ) -> Student:
     """Wrap a model whose weights are loaded for training.
 
@@ -86,7 +93,8 @@ def build_student(
         check_for_nan_in_grad=False,  # all ranks judge the reduced norm instead, and skip together
         average_in_collective=False,  # the loss is a sum over tokens; finalize_model_grads divides by their number
     )
-    ddp = DistributedDataParallel(gpt.config, ddp_config, gpt, pg_collection=groups)
+    shared = chunks[0].config
+    ddps = [DistributedDataParallel(shared, ddp_config, chunk, pg_collection=groups) for chunk in chunks]
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -101,15 +109,16 @@ def build_student(
             params_dtype=DTYPES[precision],
             use_distributed_optimizer=distributed,
         ),
-        [ddp],
+        ddps,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
     _use_fused_adam(optimizer)
-    gpt.config.finalize_model_grads_func = finalize_model_grads
-    gpt.config.grad_scale_func = optimizer.scale_loss
-    gpt.config.no_sync_func = ddp.no_sync
-    return Student(gpt.train(), ddp, optimizer, _build_schedule(optimizer, config, steps), config)
+    shared.finalize_model_grads_func = finalize_model_grads
+    shared.grad_scale_func = optimizer.scale_loss
+    shared.no_sync_func = [ddp.no_sync for ddp in ddps] if len(ddps) > 1 else ddps[0].no_sync
+    trained = [chunk.train() for chunk in chunks]
+    return Student(trained, ddps, optimizer, _build_schedule(optimizer, config, steps), config)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

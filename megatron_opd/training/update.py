@@ -73,7 +73,7 @@ class Update:
 class ObjectivePass:
     """The objective, the teacher and the student's model and groups: what a pass over microbatches needs."""
 
-    gpt: GPT
+    gpt: GPT  # the student's last chunk of this rank: on the last stage it has the LM head
     teacher: MegatronTeacher
     objective: Objective
     vocab_size: int  # real vocabulary common to student and teacher
@@ -82,20 +82,25 @@ class ObjectivePass:
     head_chunk: int | None = None  # tokens whose logits exist at once; None: those of a microbatch
 
     def run(
-        self, model: torch.nn.Module, update: Update, *, progress: float = 0.0, forward_only: bool = False
+        self,
+        chunks: Sequence[torch.nn.Module],
+        update: Update,
+        *,
+        progress: float = 0.0,
+        forward_only: bool = False,
     ) -> dict[str, float]:
         """Sums over the whole update of the objective's statistics, the same on every rank.
 
         Unless `forward_only`, the gradients of the update's mean loss are accumulated, reduced and normalised in
-        `model` (the DDP wrapper). `progress` is how much of the training is done, 0 to 1. Collectives besides those
+        `chunks` (the DDP wrappers). `progress` is how much of the training is done, 0 to 1. Collectives besides those
         of megatron's schedule: those of the objective a microbatch, 2 all-reduces of the sums.
         """
         scale = update.scale
 
-        def forward_step(inputs: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        def forward_step(inputs: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
             microbatch, *scored = next(inputs)
             hidden_T1H = packed_forward(
-                stage, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
+                chunk, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
             )
 
             def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -105,10 +110,7 @@ class ObjectivePass:
 
             return hidden_T1H, loss_func
 
-        rows = update.rows()
-        logs = run_schedule(
-            forward_step, rows, model, self.groups, count=len(rows), forward_only=forward_only
-        )
+        logs = run_schedule(forward_step, update.rows(), chunks, self.groups, forward_only=forward_only)
         return self._reduce(logs)
 
     def _loss(

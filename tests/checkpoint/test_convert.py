@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from megatron_opd.checkpoint.convert import (
 from megatron_opd.checkpoint.pieces import shares
 from megatron_opd.checkpoint.safetensors_files import SafetensorsFiles
 from megatron_opd.checkpoint.state_read import StateReader, read_metadata
-from megatron_opd.checkpoint.weights import copy_model_files, load_model_weights
+from megatron_opd.checkpoint.weights import copy_model_files, load_model_weights, sharded_weights
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.models.gpt import build_gpt
@@ -63,9 +64,9 @@ def save_with_megatron_core(folder: Path, out: Path, layout: ParallelLayout, opt
     groups = build_groups(layout)
     arch = read_architecture(folder)
     padded = arch.padded_vocab_size(layout.tensor)
-    model = build_gpt(arch, layout, groups, precision="bf16", padded_vocab_size=padded)
-    load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
-    state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
+    chunks = build_gpt(arch, layout, groups, precision="bf16", padded_vocab_size=padded)
+    load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
+    state: dict[str, Any] = dict(sharded_weights(chunks, {"dp_cp_group": groups.dp_cp}))
     if optimizer:
         moments = ShardedTensor.from_rank_offsets(
             "optimizer.state.exp_avg.embedding", torch.ones(7), replica_id=dist.get_rank()
@@ -94,6 +95,9 @@ def test_the_checkpoint_is_described_like_megatron_cores_own(gloo, folder, tmp_p
     gloo(1, save_with_megatron_core, folder, tmp_path / "theirs", ParallelLayout())
     hf_to_megatron(folder, tmp_path / "ours")
     assert described(tmp_path / "ours") == described(tmp_path / "theirs")
+    interleaved = ParallelLayout(pipeline=2, virtual_pipeline=2)
+    gloo(2, save_with_megatron_core, folder, tmp_path / "interleaved", interleaved)
+    assert described(tmp_path / "ours") == described(tmp_path / "interleaved")
     for name in ("metadata.json", "common.pt"):
         ours, theirs = (tmp_path / which / "state" / name for which in ("ours", "theirs"))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -103,9 +107,11 @@ def test_the_checkpoint_is_described_like_megatron_cores_own(gloo, folder, tmp_p
         assert torch.equal(ours, theirs), key
 
 
-def test_conversion_from_any_layout_gives_the_same_bits(gloo, folder, tmp_path):
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_conversion_from_any_layout_gives_the_same_bits(gloo, folder, tmp_path, virtual):
     moe = read_architecture(folder).moe is not None
-    layout = ParallelLayout(data=2, expert=2, pipeline=2) if moe else ParallelLayout(tensor=2, pipeline=2)
+    others: dict[str, Any] = {"data": 2, "expert": 2} if moe else {"tensor": 2}
+    layout = ParallelLayout(pipeline=2, virtual_pipeline=virtual, **others)
     gloo(4, save_with_megatron_core, folder, tmp_path / "run", layout, optimizer=True)
     megatron_to_hf(tmp_path / "run", tmp_path / "back")
     assert_identical(safetensors_of(tmp_path / "back"), safetensors_of(folder))

@@ -35,7 +35,7 @@ def _store(run: TinyRun, models: Path, folder: Path, seed: str = "0") -> Checkpo
 
 
 def _save(run: TinyRun, store: CheckpointStore, step: int) -> Path:
-    return store.save(step, run.student.gpt, run.student.optimizer, {"note": "kept"})
+    return store.save(step, run.student.chunks, run.student.optimizer, {"note": "kept"})
 
 
 def _save_and_go_on(
@@ -53,7 +53,7 @@ def _resume(layout: ParallelLayout, models: Path, folder: Path, **options: Any) 
     store = _store(run, models, folder)
     found = store.newest_intact()
     assert found is not None
-    state = store.load(found, run.student.gpt, run.student.optimizer)
+    state = store.load(found, run.student.chunks, run.student.optimizer)
     assert state == {"note": "kept", "step": 2, "identity": {"seed": "0"}}
     run.student.continue_after(state["step"])
     return run.train(range(2, 5))
@@ -80,6 +80,8 @@ def test_the_same_layout_goes_on_bit_for_bit(gloo, models, tmp_path, layout, dis
         (ParallelLayout(tensor=2, pipeline=2), ParallelLayout(data=2)),
         (ParallelLayout(data=2), ParallelLayout(tensor=2, pipeline=2)),
         (ParallelLayout(pipeline=2, data=2), ONE),
+        (ParallelLayout(pipeline=2, virtual_pipeline=2), ParallelLayout(tensor=2)),
+        (ParallelLayout(data=2), ParallelLayout(pipeline=2, data=2, virtual_pipeline=2)),
     ],
     ids=str,
 )
@@ -151,7 +153,7 @@ def _resume_with(models: Path, folder: Path, optimizer: OptimizerConfig, seed: s
     store = _store(run, models, folder, seed)
     found = store.newest_intact()
     assert found is not None
-    store.load(found, run.student.gpt, run.student.optimizer)
+    store.load(found, run.student.chunks, run.student.optimizer)
     run.student.continue_after(2)
     return [
         {key: group[key] for key in ("lr", "betas", "eps")} for group in run.student.optimizer.param_groups
@@ -174,7 +176,7 @@ def test_a_checkpoint_of_another_run_is_refused(gloo, models, tmp_path):
 def _bytes_to_write(layout: ParallelLayout, models: Path) -> int:
     run = build_run(layout, models, optimizer=OptimizerConfig(distributed=False))
     run.train(range(1))
-    state = sharded_state(run.student.gpt, run.student.optimizer, run.groups, is_loading=False)
+    state = sharded_state(run.student.chunks, run.student.optimizer, run.groups, is_loading=False)
     return store_module._local_bytes(state)
 
 

@@ -45,6 +45,7 @@ def config(**sections: dict[str, Any]) -> Config:
         ({"tensor": 4, "pipeline": 3}, 12),
         ({"tensor": 2, "sequence_parallel": True, "data": 3}, 6),
         ({"pipeline": 24}, 24),
+        ({"pipeline": 4, "virtual_pipeline": 6}, 4),
     ],
 )
 def test_layouts_that_fit(parallel: dict[str, Any], world_size: int) -> None:
@@ -95,6 +96,16 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         ),
         ({"parallel": {"tensor": 8}}, 8, r"parallel\.tensor: 8 .*4 key-value heads of the student"),
         ({"parallel": {"pipeline": 5}}, 5, r"parallel\.pipeline: 5 .*24 layers of the student"),
+        (
+            {"parallel": {"pipeline": 4, "virtual_pipeline": 4}},
+            4,
+            r"parallel\.virtual_pipeline: 4 .* 6 layers of the student in a .* process: use one of 1, 2, 3, 6",
+        ),
+        (
+            {"parallel": {"virtual_pipeline": 2}},
+            1,
+            r"parallel\.virtual_pipeline: needs parallel\.pipeline > 1: set it to 1",
+        ),
         ({"parallel": {"pipeline": 2, "data": 2}}, 2, r"parallel: .* is 4, but 2 processes run"),
         ({"parallel": {"pipeline": 2}}, 3, r"parallel: .* is 2, which does not divide the 3 processes"),
         ({"parallel": {"context": 2}}, 2, r"parallel\.context: .*not available yet"),

@@ -196,6 +196,18 @@ def test_a_rank_that_cannot_split_runs_an_empty_microbatch_last():
     assert [[count_loss_tokens([m]) for m in rank] for rank in packed] == [[9, 0], [8, 7]]
 
 
+def test_microbatches_come_in_groups():
+    """As an interleaved pipeline needs them: the largest are split, empty ones are added last."""
+    rollouts = [rollout([1], [2] * length, name) for name, length in enumerate([9, 8, 7])]
+
+    def counts(budget: int, multiple: int) -> list[int]:
+        (packed,) = pack(rollouts, dp_size=1, token_budget=budget, count_multiple=multiple)
+        return [count_loss_tokens([m]) for m in packed]
+
+    assert counts(30, 1) == [24] and counts(30, 2) == [9, 15]
+    assert counts(30, 4) == counts(10, 2) == [9, 8, 7, 0]
+
+
 def test_a_rank_without_rollouts_runs_one_empty_microbatch():
     packed = pack([rollout([1], [2, 3])], dp_size=2, token_budget=8, alignment=4)
     assert [count_loss_tokens(rank) for rank in packed] == [2, 0]

@@ -103,14 +103,14 @@ def _save_after_2(layout: ParallelLayout, models: Path, folder: Path) -> list[di
     run = build_run(layout, models, student_name="student")
     run.train(range(2))
     store = CheckpointStore(folder, 1, run.groups, models / "student", {})
-    store.save(2, run.student.gpt, run.student.optimizer, {})
+    store.save(2, run.student.chunks, run.student.optimizer, {})
     return run.train(range(2, 4))
 
 
 def _resume(layout: ParallelLayout, models: Path, folder: Path) -> list[dict[str, float]]:
     run = build_run(layout, models, student_name="student", optimizer=DISTRIBUTED)
     store = CheckpointStore(folder, 1, run.groups, models / "student", {})
-    store.load(published(folder)[-1], run.student.gpt, run.student.optimizer)
+    store.load(published(folder)[-1], run.student.chunks, run.student.optimizer)
     run.student.continue_after(2)
     return run.train(range(2, 4))
 

@@ -16,6 +16,9 @@ PAIRWISE = [
     ParallelLayout(pipeline=2, data=2),
     ParallelLayout(tensor=2, sequence_parallel=True, data=2),
     ParallelLayout(pipeline=4),
+    ParallelLayout(pipeline=2, virtual_pipeline=2),
+    ParallelLayout(tensor=2, sequence_parallel=True, pipeline=2, virtual_pipeline=2),
+    ParallelLayout(pipeline=2, data=2, virtual_pipeline=2),
 ]
 REST = [  # of all layouts on up to 4 ranks
     ParallelLayout(tensor=2),

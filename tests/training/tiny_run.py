@@ -51,11 +51,12 @@ class TinyRun:
             dp_size=self.layout.data,
             token_budget=96,
             alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+            count_multiple=self.layout.microbatch_multiple,
         )
         microbatches, scale = packed[self.groups.dp.rank()], UpdateScale.of(packed)
         self.student.zero_grad()
         update = Update(microbatches, scale, self.objective.teacher.score(microbatches))
-        return self.objective.run(self.student.ddp, update)
+        return self.objective.run(self.student.ddps, update)
 
     def train(self, steps: range) -> list[dict[str, float]]:
         """Train on recorded steps; statistics, gradient norm and learning rate of each."""
@@ -70,9 +71,10 @@ class TinyRun:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The main gradients under their Hugging Face names, assembled from all shards. Ends the run."""
-        for parameter in self.student.gpt.parameters():
-            parameter.data = parameter.main_grad.clone()
-        exported = export_hf_tensors(self.student.gpt, self.arch, self.groups)
+        for chunk in self.student.chunks:
+            for parameter in chunk.parameters():
+                parameter.data = parameter.main_grad.clone()
+        exported = export_hf_tensors(self.student.chunks, self.arch, self.groups)
         return {name: tensor.clone() for name, tensor in exported}
 
 
@@ -96,18 +98,18 @@ def build_run(
     archs = [read_architecture(path) for path in folders]
     padded = max(arch.padded_vocab_size(layout.tensor) for arch in archs)
 
-    def load(arch: Architecture, path: Path, recompute: str) -> GPT:
-        model = build_gpt(
+    def load(arch: Architecture, path: Path, recompute: str) -> list[GPT]:
+        chunks = build_gpt(
             arch, layout, groups, precision=precision, padded_vocab_size=padded, recompute=recompute
         )
-        load_model_weights(model, arch, path, groups=groups, padded_vocab_size=padded)
-        return model
+        load_model_weights(chunks, arch, path, groups=groups, padded_vocab_size=padded)
+        return chunks
 
     student = build_student(
         load(archs[0], folders[0], recompute), optimizer, groups, precision=precision, steps=TOTAL_STEPS
     )
     teacher = MegatronTeacher(load(archs[1], folders[1], "none"), groups)
-    run = ObjectivePass(student.gpt, teacher, objective, VOCAB, groups, head_chunk=head_chunk)
+    run = ObjectivePass(student.chunks[-1], teacher, objective, VOCAB, groups, head_chunk=head_chunk)
     return TinyRun(layout, groups, archs[0], student, run)
 
 
