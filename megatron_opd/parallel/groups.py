@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opd.config.checks import segment_alignment
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -34,6 +36,11 @@ class ParallelLayout:
     def world_size(self) -> int:
         """Number of ranks: tensor * pipeline * context * data."""
         return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def segment_alignment(self) -> int:
+        """What the length of every packed segment is a multiple of."""
+        return segment_alignment(self.tensor, self.context, self.sequence_parallel)
 
     def __str__(self) -> str:
         names = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}

@@ -75,11 +75,11 @@ def build_student(
 ) -> Student:
     """Wrap a model whose weights are loaded for training.
 
-    The optimizer's state is sharded over the data-parallel ranks when `config.distributed` says so (null: when there
-    are several). Gradients are reduced in float32 and bf16 weights have float32 masters.
+    The optimizer's state is sharded over the data- and context-parallel ranks when `config.distributed` says so (null:
+    when there are several). Gradients are reduced in float32 and bf16 weights have float32 masters.
     """
     torch_adam.install()
-    distributed = config.distributed if config.distributed is not None else groups.dp.size() > 1
+    distributed = config.distributed if config.distributed is not None else groups.dp_cp.size() > 1
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         grad_reduce_in_fp32=True,
