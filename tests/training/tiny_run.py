@@ -11,6 +11,7 @@ from megatron_opd.checkpoint.hf_export import export_hf_tensors
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.data.packing import pack
+from megatron_opd.data.rollouts import Rollout
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.gpt import GPT, build_gpt
 from megatron_opd.objectives import Objective, TokenWeight
@@ -46,8 +47,12 @@ class TinyRun:
 
     def forward_backward(self, step: int, rollouts: int = 9) -> dict[str, float]:
         """Accumulate the gradients of recorded step `step`."""
+        return self.accumulate(recorded_rollouts(rollouts, seed=step))
+
+    def accumulate(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """The gradients of an update on these rollouts."""
         packed = pack(
-            recorded_rollouts(rollouts, seed=step),
+            rollouts,
             dp_size=self.layout.data,
             token_budget=96,
             alignment=self.layout.segment_alignment,
