@@ -50,11 +50,17 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // replica
 
 
+def segment_alignment(tensor: int, context: int, sequence_parallel: bool) -> int:
+    """What the length of every packed segment is a multiple of.
+
+    Context parallelism cuts it into two chunks a rank, sequence parallelism a rank's share into one a rank.
+    """
+    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
+
+
 def check_fields(config: Config) -> None:
     """Conditions between keys alone."""
     training, parallel = config.training, config.parallel
-    if parallel.context > 1:
-        raise UserError("parallel.context: context parallelism is not available yet: set it to 1")
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tensor > 1: set it to false")
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
@@ -156,12 +162,13 @@ def _check_objective(config: Config) -> None:
 
 def _check_microbatch(config: Config) -> None:
     """The longest sequence, padded to whole shards, has to fit a microbatch."""
-    budget, tensor = config.training.microbatch_tokens, config.parallel.tensor
-    shards = tensor if config.parallel.sequence_parallel else 1
+    budget, parallel = config.training.microbatch_tokens, config.parallel
+    shards = segment_alignment(parallel.tensor, parallel.context, parallel.sequence_parallel)
     if budget % shards:
         raise UserError(
-            f"training.microbatch_tokens: {budget} does not divide by parallel.tensor = {tensor}, as "
-            f"parallel.sequence_parallel needs: use {-(-budget // shards) * shards}"
+            f"training.microbatch_tokens: {budget} does not divide by {shards}, as the shards of parallel.context = "
+            f"{parallel.context} (two a process) and parallel.sequence_parallel (parallel.tensor = {parallel.tensor}) "
+            f"need: use {-(-budget // shards) * shards}"
         )
     longest = _longest_sequence(config)
     needed = -(-longest // shards) * shards

@@ -280,8 +280,8 @@ class OptimizerConfig(Section):
     )
     distributed: bool | None = Field(
         None,
-        description="Shard the optimizer's state over data-parallel replicas. null: when there are several; sgd has "
-        "none to shard.",
+        description="Shard the optimizer's state over data- and context-parallel processes. null: when there are "
+        "several; sgd has none to shard.",
     )
 
 

@@ -83,13 +83,13 @@ def build_student(
 ) -> Student:
     """Wrap a model whose weights are loaded for training.
 
-    The optimizer's state is sharded over the data-parallel ranks when `config.distributed` says so (null: Adam's when
-    there are several). Gradients are reduced in float32 and bf16 weights have float32 masters.
+    The optimizer's state is sharded over the data- and context-parallel ranks when `config.distributed` says so (null:
+    Adam's when there are several). Gradients are reduced in float32 and bf16 weights have float32 masters.
     """
     torch_adam.install()
     distributed = config.distributed
     if distributed is None:
-        distributed = config.name == "adam" and groups.dp.size() > 1
+        distributed = config.name == "adam" and groups.dp_cp.size() > 1
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         grad_reduce_in_fp32=True,

@@ -57,13 +57,15 @@ class TinyRun:
             rollouts,
             dp_size=self.layout.data,
             token_budget=96,
-            alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+            alignment=self.layout.segment_alignment,
             count_multiple=self.layout.microbatch_multiple,
         )
 
     def accumulate(self, packed: list[list[Microbatch]]) -> dict[str, float]:
         """Accumulate the gradients of these microbatches, a list for each data-parallel rank."""
-        microbatches, scale = packed[self.groups.dp.rank()], UpdateScale.of(packed)
+        cp = self.groups.cp
+        microbatches = [each.shard(cp.rank(), cp.size()) for each in packed[self.groups.dp.rank()]]
+        scale = UpdateScale.of(packed)
         self.student.zero_grad()
         update = Update(microbatches, scale, self.objective.teacher.score(microbatches))
         return self.objective.run(self.student.ddps, update)
