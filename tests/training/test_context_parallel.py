@@ -7,6 +7,7 @@ import pytest
 
 from megatron_opd.checkpoint.store import CheckpointStore, published
 from megatron_opd.config.schema import OptimizerConfig
+from megatron_opd.data.packing import pack
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.parallel.groups import ParallelLayout
 from tests.checkpoint.models import write_hf
@@ -44,7 +45,13 @@ def _gradients(
     """Sums of the update (loss, IW weights, log-gaps ...) and main gradients."""
     whole = OptimizerConfig(distributed=False)  # the distributed optimizer reduces a shard of them only
     run = build_run(layout, models, optimizer=whole, **options)
-    return run.accumulate(rollouts or recorded_rollouts(9)), run.gradients()
+    packed = pack(
+        rollouts or recorded_rollouts(9),
+        dp_size=layout.data,
+        token_budget=96,
+        alignment=layout.segment_alignment,
+    )
+    return run.accumulate(packed), run.gradients()
 
 
 def _curve(layout: ParallelLayout, models: Path, **options: Any) -> list[dict[str, float]]:

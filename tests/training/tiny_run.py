@@ -10,8 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_opd.checkpoint.hf_export import export_hf_tensors
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.config.schema import OptimizerConfig
-from megatron_opd.data.packing import pack
-from megatron_opd.data.rollouts import Rollout
+from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.gpt import GPT, build_gpt
 from megatron_opd.objectives import Objective, TokenWeight
@@ -47,16 +46,16 @@ class TinyRun:
 
     def forward_backward(self, step: int, rollouts: int = 9) -> dict[str, float]:
         """Accumulate the gradients of recorded step `step`."""
-        return self.accumulate(recorded_rollouts(rollouts, seed=step))
-
-    def accumulate(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """The gradients of an update on these rollouts."""
         packed = pack(
-            rollouts,
+            recorded_rollouts(rollouts, seed=step),
             dp_size=self.layout.data,
             token_budget=96,
             alignment=self.layout.segment_alignment,
         )
+        return self.accumulate(packed)
+
+    def accumulate(self, packed: list[list[Microbatch]]) -> dict[str, float]:
+        """Accumulate the gradients of these microbatches, a list for each data-parallel rank."""
         cp = self.groups.cp
         microbatches = [each.shard(cp.rank(), cp.size()) for each in packed[self.groups.dp.rank()]]
         scale = UpdateScale.of(packed)
