@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opd.data.loss_mask import LossMask
@@ -177,6 +177,7 @@ def test_one_microbatch_by_hand():
 
 
 @given(rollout_lists(), st.sampled_from([2, 4]))
+@settings(deadline=None, max_examples=50)
 def test_shares_of_context_parallel_ranks_are_the_microbatch(rollouts, ranks):
     """Together they hold every position once; the offsets stay those of the whole."""
     for m in pack(rollouts, dp_size=1, token_budget=BUDGET, alignment=2 * ranks)[0]:

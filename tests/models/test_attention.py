@@ -67,7 +67,7 @@ def _shard(lengths: list[int], dtype: torch.dtype) -> tuple[list[Tensor], list[A
     mine = zigzag_positions(packed.cu_seqlens_q, dist.get_rank(), dist.get_world_size())
     inputs, upstream = _inputs(lengths)
     shares = [x[mine].to(dtype).requires_grad_() for x in inputs]
-    module = PackedAttention(None, SCALE, ProcessGroupCollection(cp=dist.group.WORLD))  # type: ignore[arg-type]
+    module = PackedAttention(None, SCALE, ProcessGroupCollection(cp=dist.group.WORLD))
     saved: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layer parts that stand in for transformer-engine, each against a plain formula."""
+"""The norm and the residual of a layer, each against a plain formula."""
 
 import types
 
