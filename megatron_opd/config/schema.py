@@ -254,8 +254,13 @@ class ObjectiveConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["adam", "sgd"] = Field(
+        "adam",
+        description="adam: AdamW. sgd: weights minus rate times gradient, no momentum and no state; needs far larger "
+        "learning rates.",
+    )
     lr: float = Field(1e-6, gt=0, description="Learning rate after the warm-up.")
     min_lr: float = Field(
         0.0, ge=0, description="Learning rate that the schedule ends at; unused by `constant`."
@@ -267,15 +272,16 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(
         0.0, ge=0, description="Decoupled weight decay; not applied to norms and biases."
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the gradient.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the mean of the squared gradient.")
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam: decay of the mean of the gradient.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adam: decay of the mean of the squared gradient.")
+    eps: float = Field(1e-8, gt=0, description="adam: added to the denominator of the update.")
     clip_grad: float = Field(
         1.0, ge=0, description="Global gradient norm at which gradients are clipped. 0 is off."
     )
     distributed: bool | None = Field(
         None,
-        description="Shard the optimizer's state over data-parallel replicas. null: when there are several.",
+        description="Shard the optimizer's state over data- and context-parallel processes. null: when there are "
+        "several; sgd has none to shard.",
     )
 
 

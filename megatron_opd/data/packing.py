@@ -2,8 +2,8 @@
 
 A rollout becomes one segment of `prompt + response[:-1]`: the last response token predicts nothing, so it is
 never an input. Targets are shifted inside each segment before packing; slicing for context parallelism comes
-later and needs no look at a neighbour. Shapes: T tokens of a microbatch (all segments with their padding), S
-segments.
+later (`Microbatch.shard`) and needs no look at a neighbour. Shapes: T tokens of a microbatch (all segments with
+their padding) or of a context-parallel rank's share of it, S segments.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,15 @@ from torch import Tensor
 from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
+from megatron_opd.objectives.context_parallel import zigzag_positions
 
 
 @dataclass(frozen=True)
 class Microbatch:
     """Packed (THD) input of one forward pass.
 
-    A microbatch without rollouts has one segment of padding and a mask that is False everywhere.
+    A microbatch without rollouts has one segment of padding and a mask that is False everywhere. A share of a
+    microbatch (`shard`) keeps the offsets of the whole.
     """
 
     tokens_T: Tensor  # int64
@@ -30,11 +32,26 @@ class Microbatch:
     targets_T: Tensor  # int64: the token that position t predicts; 0 where mask_T is False
     mask_T: Tensor  # bool: position predicts a response token that enters the loss
     rollout_logprobs_T: Tensor  # float32: the engine's log-prob of targets_T (nats); 0 where mask_T is False
-    cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, last == T; all divide by the alignment
+    cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, of the whole; all divide by the alignment
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch on another device."""
         return Microbatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def shard(self, rank: int, ranks: int) -> "Microbatch":
+        """The zigzag share of context-parallel rank `rank` of `ranks`, of a whole microbatch: [T / ranks] tokens.
+
+        With one rank it is the microbatch. ValueError if a segment does not divide by 2 * ranks.
+        """
+        if ranks == 1:
+            return self
+        mine = zigzag_positions(self.cu_seqlens, rank, ranks)
+        tokens = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name != "cu_seqlens"
+        }
+        return Microbatch(
+            **{name: tensor[mine] for name, tensor in tokens.items()}, cu_seqlens=self.cu_seqlens
+        )
 
 
 def pack(

@@ -226,7 +226,8 @@ def packed_forward(
 ) -> Tensor:
     """Run one packed microbatch through a chunk, bare or in DDP: hidden states [T, 1, H] ([T/TP, 1, H] with SP).
 
-    `cu_seqlens` int32 [S + 1] holds the padded segment offsets, its last entry is T.
+    `cu_seqlens` int32 [S + 1] holds the padded segment offsets, its last entry is T; under context parallelism they
+    are those of the whole microbatch and T is this rank's zigzag share of it.
     """
     longest = int(cu_seqlens.diff().max())
     packed = PackedSeqParams(

@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opd.config.checks import segment_alignment
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -41,6 +43,11 @@ class ParallelLayout:
     def microbatch_multiple(self) -> int:
         """What the number of microbatches of a pass is a multiple of: interleaved, they go round in groups."""
         return self.pipeline if self.virtual_pipeline > 1 else 1
+
+    @property
+    def segment_alignment(self) -> int:
+        """What the length of every packed segment is a multiple of."""
+        return segment_alignment(self.tensor, self.context, self.sequence_parallel)
 
     def __str__(self) -> str:
         names = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,7 +26,8 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
-from megatron_opd.models.gpt import GPT, build_gpt
+from megatron_opd.models.attention import uses_transformer_engine
+from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
@@ -81,9 +81,9 @@ class Job:
         device = (
             f"{self.device.type}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         )
-        engine = ["transformer-engine is installed; its layers are not used yet, megatron-core's own are"]
+        engine = "attention is transformer-engine's; the other layers are megatron-core's own"
         return [
-            *(engine if find_spec("transformer_engine") else []),
+            *([engine] if uses_transformer_engine(DTYPES[self.config.precision]) else []),
             *self.texts.notes,
             f"{begin}: {self.layout}, {self.config.precision} on {device}; {len(self.texts.training.prompts)} prompts",
         ]
@@ -100,7 +100,7 @@ class Job:
             n=samples,
             seed=seed,
         )
-        return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp)
+        return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp_cp)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Update]:
         """The rollouts of a step in equal parts, one an update, scored by all models before the student moves.
@@ -126,16 +126,20 @@ class Job:
         return updates
 
     def packed(self, rollouts: Sequence[Rollout], mask: LossMask | None = None) -> Update:
-        """This rank's microbatches of these rollouts, not scored yet."""
+        """This rank's (shares of) microbatches of these rollouts, not scored yet."""
         packed = pack(
             rollouts,
             dp_size=self.layout.data,
             token_budget=self.config.training.microbatch_tokens,
-            alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+            alignment=self.layout.segment_alignment,
             count_multiple=self.layout.microbatch_multiple,
             loss_mask=mask,
         )
-        mine = [microbatch.to(self.device) for microbatch in packed[self.groups.dp.rank()]]
+        cp = self.groups.cp
+        mine = [
+            microbatch.shard(cp.rank(), cp.size()).to(self.device)
+            for microbatch in packed[self.groups.dp.rank()]
+        ]
         return Update(mine, UpdateScale.of(packed), [None] * len(mine))
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
@@ -262,6 +266,7 @@ def checkpoint_store(
             "data.prompts (SHA-256 of their tokens)": texts.training.digest,
             "data.shuffle": str(config.data.shuffle),
             "seed": str(config.seed),
+            "optimizer.name": config.optimizer.name,
         },
     )
 

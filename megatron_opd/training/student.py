@@ -41,7 +41,8 @@ class Student:
         """Go on after `step` steps with this run's settings, whatever the loaded state was saved with."""
         for group in self.optimizer.param_groups:
             group["max_lr"], group["min_lr"] = self.config.lr, self.config.min_lr
-            group["betas"], group["eps"] = (self.config.beta1, self.config.beta2), self.config.eps
+            if self.config.name == "adam":
+                group["betas"], group["eps"] = (self.config.beta1, self.config.beta2), self.config.eps
         self.schedule.num_steps = step
         self.schedule.step(0)
 
@@ -82,11 +83,13 @@ def build_student(
 ) -> Student:
     """Wrap a model whose weights are loaded for training.
 
-    The optimizer's state is sharded over the data-parallel ranks when `config.distributed` says so (null: when there
-    are several). Gradients are reduced in float32 and bf16 weights have float32 masters.
+    The optimizer's state is sharded over the data- and context-parallel ranks when `config.distributed` says so (null:
+    Adam's when there are several). Gradients are reduced in float32 and bf16 weights have float32 masters.
     """
     torch_adam.install()
-    distributed = config.distributed if config.distributed is not None else groups.dp.size() > 1
+    distributed = config.distributed
+    if distributed is None:
+        distributed = config.name == "adam" and groups.dp_cp.size() > 1
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         grad_reduce_in_fp32=True,
@@ -97,7 +100,8 @@ def build_student(
     ddps = [DistributedDataParallel(shared, ddp_config, chunk, pg_collection=groups) for chunk in chunks]
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
-            optimizer="adam",
+            optimizer=config.name,
+            sgd_momentum=0.0,
             lr=config.lr,
             min_lr=config.min_lr,
             weight_decay=config.weight_decay,
@@ -113,7 +117,7 @@ def build_student(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
-    _use_fused_adam(optimizer)
+    _complete(optimizer)
     shared.finalize_model_grads_func = finalize_model_grads
     shared.grad_scale_func = optimizer.scale_loss
     shared.no_sync_func = [ddp.no_sync for ddp in ddps] if len(ddps) > 1 else ddps[0].no_sync
@@ -126,12 +130,19 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW has a fused kernel on every device; megatron-core does not ask for it."""
-    for inner in _parts(optimizer):
-        if isinstance(inner.optimizer, torch.optim.Adam):
-            for group in inner.optimizer.param_groups:
+def _complete(optimizer: MegatronOptimizer) -> None:
+    """What megatron-core leaves out: torch's AdamW has a fused kernel on every device, and SGD no state to resume."""
+    for part in _parts(optimizer):
+        if part.init_state_fn is None:
+            part.init_state_fn = _no_state
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
+
+
+def _no_state(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:
+    """Make the state that loading fills."""
+    del optimizer, config
 
 
 def _build_schedule(

@@ -1,10 +1,11 @@
 """One optimizer update: its scored microbatches, and the pass of the objective over them.
 
-The loss of an update is the sum over ALL its unmasked response tokens (microbatches, data-parallel ranks) of
-weight * estimator, divided by their number M: never a mean of means. megatron-core divides the accumulated gradient
-by T_all, the tokens it routed, so the loss function returns sum * T_all / M.
+The loss of an update is the sum over ALL its unmasked response tokens (microbatches, data- and context-parallel
+ranks) of weight * estimator, divided by their number M: never a mean of means. megatron-core divides the accumulated
+gradient by T_all, the tokens it routed, so the loss function returns sum * T_all / M.
 
-Shapes: T tokens of a microbatch, N its loss positions, V padded vocabulary, TP tensor-parallel size.
+Shapes: T tokens of a microbatch (of this context-parallel rank's share of it), N its loss positions, V padded
+vocabulary, TP tensor-parallel size.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class UpdateScale:
 
     @classmethod
     def of(cls, packed: Sequence[Sequence[Microbatch]]) -> "UpdateScale":
-        """Counted over the microbatches of all data-parallel ranks (every rank packs the same rollouts)."""
+        """Counted over the whole microbatches of all data-parallel ranks (every rank packs the same rollouts)."""
         everything = [microbatch for rank in packed for microbatch in rank]
         return cls(count_loss_tokens(everything), sum(m.tokens_T.numel() for m in everything))
 
@@ -136,6 +137,7 @@ class ObjectivePass:
             old_logprob_N=old_logprob_N,
             reference_logprob_N=reference_logprob_N,
             progress=progress,
+            group=self.groups.cp,
         )
         assert stats.student_logprob is not None
         mismatch_N = stats.student_logprob.detach() - rollout_logprob_N
@@ -172,7 +174,7 @@ class ObjectivePass:
             ) from None
 
     def _reduce(self, logs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sum the microbatches' statistics over pipeline stages (only the last has any) and data-parallel ranks."""
+        """Sum the microbatches' statistics over pipeline stages (only the last has any) and data x context ranks."""
         names = (*self.objective.sum_names, "logprob_mismatch")
         total = torch.zeros(len(names), dtype=torch.float64, device=next(self.gpt.parameters()).device)
         for sums in logs:

@@ -108,7 +108,20 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         ),
         ({"parallel": {"pipeline": 2, "data": 2}}, 2, r"parallel: .* is 4, but 2 processes run"),
         ({"parallel": {"pipeline": 2}}, 3, r"parallel: .* is 2, which does not divide the 3 processes"),
-        ({"parallel": {"context": 2}}, 2, r"parallel\.context: .*not available yet"),
+        (
+            {"parallel": {"context": 4}, "training": {"microbatch_tokens": 1028}},
+            4,
+            r"training\.microbatch_tokens: 1028 does not divide by 8, .*parallel\.context = 4 .*use 1032",
+        ),
+        (
+            {
+                "parallel": {"context": 2, "tensor": 4, "sequence_parallel": True},
+                "rollout": {"max_new_tokens": 513},
+                "training": {"microbatch_tokens": 1024},
+            },
+            8,
+            r"training\.microbatch_tokens: 1024 cannot hold .* 1025 tokens: raise it to 1040",
+        ),
         (
             {"parallel": {"sequence_parallel": True}},
             1,
@@ -123,7 +136,7 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         (
             {"parallel": {"tensor": 4, "sequence_parallel": True}, "training": {"microbatch_tokens": 1026}},
             4,
-            r"training\.microbatch_tokens: 1026 does not divide by .*use 1028",
+            r"training\.microbatch_tokens: 1026 does not divide by 4, .*\(parallel\.tensor = 4\) need: use 1028",
         ),
         (
             {
