@@ -131,7 +131,7 @@ def _check_optimizer(config: Config) -> None:
             raise UserError(f"optimizer.{key}: only adam reads it: remove it, or set optimizer.name to adam")
     if optimizer.distributed:
         raise UserError(
-            "optimizer.distributed: sgd has no state to shard, and megatron-core could not save it: leave it null"
+            "optimizer.distributed: sgd has no state to shard, and megatron-core shards adam's only: leave it null"
         )
 
 

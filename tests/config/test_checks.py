@@ -167,6 +167,9 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
             1,
             r"optimizer\.min_lr: 0\.0001 is more than optimizer\.lr",
         ),
+        ({"optimizer": {"name": "sgd", "beta1": 0.5}}, 1, r"optimizer\.beta1: only adam reads it: remove it"),
+        ({"optimizer": {"name": "sgd", "eps": 1e-6}}, 1, r"optimizer\.eps: only adam reads it"),
+        ({"optimizer": {"name": "sgd", "distributed": True}}, 2, r"optimizer\.distributed: .*leave it null"),
         ({"evaluation": {"every": 5}}, 1, r"evaluation\.every: .*give evaluation\.prompts"),
         (
             {"training": {"updates_per_rollout": 13}},
@@ -243,7 +246,7 @@ def test_the_reference_has_to_fit_too() -> None:
 
 def test_limits_are_inclusive() -> None:
     exact = config(
-        optimizer={"warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5},
+        optimizer={"name": "sgd", "weight_decay": 0.1, "warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5},
         rollout={"top_k": 1000},
         training={"updates_per_rollout": 12},
     )
