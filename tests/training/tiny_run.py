@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_opd.checkpoint.hf_export import export_hf_tensors
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.config.schema import OptimizerConfig
-from megatron_opd.data.packing import pack
+from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.gpt import GPT, build_gpt
 from megatron_opd.objectives import Objective, TokenWeight
@@ -52,6 +52,10 @@ class TinyRun:
             token_budget=96,
             alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
         )
+        return self.accumulate(packed)
+
+    def accumulate(self, packed: list[list[Microbatch]]) -> dict[str, float]:
+        """Accumulate the gradients of these microbatches, a list for each data-parallel rank."""
         microbatches, scale = packed[self.groups.dp.rank()], UpdateScale.of(packed)
         self.student.zero_grad()
         update = Update(microbatches, scale, self.objective.teacher.score(microbatches))
