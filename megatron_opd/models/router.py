@@ -24,8 +24,8 @@ class Router(TopKRouter):
     prompts and responses, also those that no objective reads, but no padding; the ranks that share a microbatch (TP
     and CP) count together. Into the loss of an update goes the coefficient times the sum over layers of the mean over
     microbatches, a microbatch counting by its tokens. Being a product of means, it depends on which tokens share a
-    microbatch: it is the same in every layout for the same microbatches, not for another packing. megatron-core gives
-    a rank's part the weight of the rank's tokens instead of the microbatch's, TP * CP times too little.
+    microbatch: it is the same in every layout for the same microbatches, not for another packing. megatron-core's own
+    is TP * CP times smaller without a mask of padding, and NaN for a microbatch of padding with one.
 
     In training it records how the tokens were routed, until `take_usage` is called.
     """
