@@ -30,6 +30,7 @@ from megatron_opd.errors import UserError, why_refused
 from megatron_opd.models.gpt import GPT
 
 _PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
+_SHARDED = "optimizer_sharded"  # in run.json: whether the state is that of the distributed optimizer
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class CheckpointStore:
         try:
             dist_checkpointing.save(state, str(aside / STATE))
             if dist.get_rank() == 0:
-                self._publish(aside, final, {**run_state, "step": step, "identity": dict(self.identity)})
+                about = {"step": step, "identity": dict(self.identity), _SHARDED: _is_sharded(optimizer)}
+                self._publish(aside, final, {**run_state, **about})
         except Exception as error:
             self._give_up(aside, error)
         dist.barrier()
@@ -155,7 +157,8 @@ class CheckpointStore:
     def load(self, folder: Path, chunks: Sequence[GPT], optimizer: Any) -> dict[str, Any]:
         """Load model and optimizer from a checkpoint written at any layout; returns its run state.
 
-        Raises UserError when the checkpoint is not of this run: its `identity` differs.
+        Raises UserError when the checkpoint is not of this run: its `identity` differs; and when one of the two
+        optimizers is megatron-core's distributed one, which names its state differently.
         """
         run_state = json.loads((folder / "run.json").read_text())
         for key, value in self.identity.items():
@@ -165,6 +168,12 @@ class CheckpointStore:
                     f"{folder} belongs to a run with {key} = {found}, this one has {value}: give this run a run_dir of "
                     f"its own, or restore {key}"
                 )
+        sharded = run_state.pop(_SHARDED, _is_sharded(optimizer))
+        if sharded != _is_sharded(optimizer):
+            raise UserError(
+                f"optimizer.distributed: {folder} was saved with {str(sharded).lower()}, which this run cannot load: "
+                f"set it to {str(sharded).lower()} (null depends on the number of replicas)"
+            )
         with plain_data_only(folder / STATE):
             state = dist_checkpointing.load(
                 sharded_state(chunks, optimizer, self.groups, is_loading=True), str(folder / STATE)
@@ -186,6 +195,10 @@ def sharded_state(
     state: dict[str, Any] = dict(sharded_weights(chunks, metadata))
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _is_sharded(optimizer: Any) -> bool:
+    return bool(optimizer.config.use_distributed_optimizer)
 
 
 def published(folder: Path) -> list[Path]:

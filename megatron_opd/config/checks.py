@@ -100,6 +100,8 @@ def check_layout(
             f"rollout.prompts_per_step: {rollout.prompts_per_step} prompts of {rollout.samples_per_prompt} "
             f"samples do not divide by {data} data-parallel replicas: make their product a multiple of {data}"
         )
+    if config.training.moe_aux_loss is not None and not student.num_experts:
+        raise UserError("training.moe_aux_loss: the student has no experts to balance: leave it null")
     models = {"student": student, "teacher": teacher} | ({"reference": reference} if reference else {})
     _check_divisible(config.parallel, models)
     _check_experts(config.parallel, models, data)

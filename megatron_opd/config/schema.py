@@ -299,6 +299,12 @@ class TrainingConfig(Section):
         "none",
         description="Activations computed again in the backward pass: none, attention's, whole layers'.",
     )
+    moe_aux_loss: float | None = Field(
+        None,
+        ge=0,
+        description="Factor of the loss that balances the experts of the student; every layer adds 1 when balanced. "
+        "null: what its config.json says (router_aux_loss_coef with output_router_logits, else 0).",
+    )
 
 
 class EvaluationConfig(Section):

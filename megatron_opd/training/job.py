@@ -300,7 +300,8 @@ def load_models(
     reference = None
     if config.reference is not None and checked.reference is not None:
         reference = MegatronTeacher(load(checked.reference, config.reference.path), groups)
-    return load(checked.student, config.student.path, config.training.recompute), teacher, reference
+    trained = checked.student.with_aux_loss(config.training.moe_aux_loss)
+    return load(trained, config.student.path, config.training.recompute), teacher, reference
 
 
 def read_texts(config: Config, vocab_size: int) -> Texts:

@@ -173,6 +173,17 @@ def test_a_checkpoint_of_another_run_is_refused(gloo, models, tmp_path):
         gloo(1, _resume_with, models, tmp_path, OptimizerConfig(), "1")
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_whole_and_sharded_optimizers_do_not_mix(gloo, models, tmp_path, saved):
+    gloo(1, _save_and_go_on, ONE, models, tmp_path, optimizer=OptimizerConfig(distributed=saved))
+    other = OptimizerConfig(distributed=not saved)
+    expected = (
+        f"was saved with {str(saved).lower()}, which this run cannot load: set it to {str(saved).lower()} "
+    )
+    with pytest.raises(UserError, match=f"optimizer.distributed: .*{expected}"):
+        gloo(1, _resume, ONE, models, tmp_path, optimizer=other)
+
+
 def _bytes_to_write(layout: ParallelLayout, models: Path) -> int:
     run = build_run(layout, models, optimizer=OptimizerConfig(distributed=False))
     run.train(range(1))

@@ -86,6 +86,15 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         check_layout(config(parallel=parallel), Sizes(), teacher, 2)
 
 
+def test_a_balancing_loss_needs_experts_in_the_student() -> None:
+    balanced = config(training={"moe_aux_loss": 0.01})
+    check_layout(balanced, EXPERTS, Sizes(), 1)
+    with pytest.raises(
+        UserError, match=r"^training\.moe_aux_loss: the student has no experts.*leave it null$"
+    ):
+        check_layout(balanced, Sizes(), EXPERTS, 1)
+
+
 @pytest.mark.parametrize(
     ("sections", "world_size", "expected"),
     [
