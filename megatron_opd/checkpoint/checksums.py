@@ -18,11 +18,11 @@ from megatron_opd.checkpoint.pieces import shares
 from megatron_opd.errors import UserError
 
 CHECKSUMS = "checksums.json"
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 4 * 2**20
 
 
 def checksum(path: Path, count: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file, of which 1 MiB at a time is held; `count` is called with the bytes just read."""
+    """SHA-256 of a file, of which 4 MiB at a time is held; `count` is called with the bytes just read."""
     found, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):

@@ -64,15 +64,11 @@ def hf_to_megatron(
     plan = plan_hf_to_megatron(source, dtype)
     mine, first = plan.share(group), group is None or group.rank() == 0
     count = SharedCount(sum(plan.sizes), group, progress)
-    reader = plan.reader
-    assert isinstance(reader, HfReader)
 
     def make(index: int) -> torch.Tensor:
-        piece, piece_dtype = plan.pieces[mine[index]], plan.dtypes[mine[index]]
-        whole = {"tp_rank": 0, "tp_size": 1, "padded_vocab_size": plan.arch.padded_vocab_size(1)}
-        tensor = shard_from_hf(piece.weight, plan.arch, reader.read, **whole).to(piece_dtype)
+        tensor = _stored(plan, mine[index])
         count.add(tensor.nbytes)
-        return tensor.view(piece.sizes)
+        return tensor
 
     with written_together(target, group, sum(plan.sizes)) as aside:
         with alike(group):
@@ -198,6 +194,15 @@ def launched_group() -> Iterator[dist.ProcessGroup | None]:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+def _stored(plan: Plan, index: int) -> torch.Tensor:
+    """The numbers of a piece of a Hugging Face folder as the Megatron folder holds them."""
+    assert isinstance(plan.reader, HfReader)
+    piece, whole = plan.pieces[index], {"tp_rank": 0, "tp_size": 1}
+    padded = plan.arch.padded_vocab_size(1)
+    tensor = shard_from_hf(piece.weight, plan.arch, plan.reader.read, **whole, padded_vocab_size=padded)
+    return tensor.to(plan.dtypes[index]).view(piece.sizes)
 
 
 def _block(piece: Piece, dtype: torch.dtype) -> Block:

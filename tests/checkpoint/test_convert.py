@@ -169,7 +169,7 @@ def test_two_half_precisions_in_one_tensor_become_fp32(llama, tmp_path):
     folder.mkdir()
     copy_model_files(llama, folder)
     tensors = {
-        name: tensor.bfloat16() * 2**100 if ".gate_proj" in name else tensor.half()
+        name: tensor.bfloat16() * 2.0**100 if ".gate_proj" in name else tensor.half()
         for name, tensor in safetensors_of(llama).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
