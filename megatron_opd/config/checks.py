@@ -66,6 +66,8 @@ def check_fields(config: Config) -> None:
         raise UserError(
             f"optimizer.min_lr: {optimizer.min_lr:g} is more than optimizer.lr = {optimizer.lr:g}: lower it"
         )
+    if optimizer.cpu_offload and optimizer.distributed is False:
+        raise UserError("optimizer.cpu_offload: needs optimizer.distributed: set that to true or null")
     if config.evaluation.every and config.evaluation.prompts is None:
         raise UserError(
             "evaluation.every: there is nothing to evaluate on: give evaluation.prompts, or set it to 0"

@@ -9,6 +9,7 @@ Shapes: T tokens of a microbatch, N its loss positions, D the teacher's hidden s
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits
 from megatron_opd.parallel.schedule import run_schedule
+from megatron_opd.teacher.host_weights import HostWeights
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,32 @@ class TeacherPayload:
 
 
 class MegatronTeacher:
-    """A frozen model on the student's ranks. It has no gradients and no optimizer."""
+    """A frozen model on the student's ranks. It has no gradients and no optimizer.
 
-    def __init__(self, model: GPT, groups: ProcessGroupCollection) -> None:
+    With `offload` its weights are in host memory but inside `resident()`, all except the LM head: the objective
+    projects with it while the student trains.
+    """
+
+    def __init__(self, model: GPT, groups: ProcessGroupCollection, *, offload: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.groups = groups
+        self._offloaded: HostWeights | None = None
+        if offload:
+            head = model.head_weight if model.post_process else None
+            moved = [parameter for parameter in model.parameters() if parameter is not head]
+            self._offloaded = HostWeights(moved, next(model.parameters()).device)
+
+    def resident(self) -> AbstractContextManager[None]:
+        """Inside, the whole model can be run."""
+        return nullcontext() if self._offloaded is None else self._offloaded.on_device()
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherPayload | None]:
         """One payload a microbatch on the last pipeline stage, None on the others.
 
         Collectives: those of a forward pass in the teacher's layout. Memory kept: N * D numbers.
         """
-        hidden = final_hidden_states(self.model, self.model, microbatches, self.groups)
+        with self.resident():
+            hidden = final_hidden_states(self.model, self.model, microbatches, self.groups)
         return [None if hidden_ND is None else TeacherPayload(hidden_ND) for hidden_ND in hidden]
 
     def logits(self, payload: TeacherPayload, *, chunked: bool) -> Tensor | LinearLogits:
