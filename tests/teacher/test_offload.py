@@ -50,7 +50,9 @@ def scored(layout: ParallelLayout, models: Path) -> dict[str, Any]:
     after = {name: parameter.data_ptr() for name, parameter in plain.model.named_parameters()}
     return {
         "same": all(
-            (ours is None and theirs is None) or torch.equal(ours.hidden_ND, theirs.hidden_ND)
+            ours is theirs
+            if ours is None or theirs is None
+            else torch.equal(ours.hidden_ND, theirs.hidden_ND)
             for ours, theirs in zip(found, expected, strict=True)
         ),
         "scored": sum(payload is not None for payload in found),
