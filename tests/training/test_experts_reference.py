@@ -37,11 +37,9 @@ def models(tmp_path_factory):
     """Students that differ in the coefficient of the balancing loss alone, and a teacher."""
     folder = tmp_path_factory.mktemp("models")
     sizes: dict[str, Any] = {"vocab_size": VOCAB, "max_position_embeddings": 128}
-    for name, settings in {
-        "plain": {},
-        "balanced": {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT},
-    }.items():
-        write_hf(folder / name, "qwen3_moe", tied=True, num_hidden_layers=LAYERS, **sizes, **settings)
+    balanced: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
+    write_hf(folder / "plain", "qwen3_moe", tied=True, num_hidden_layers=LAYERS, **sizes)
+    write_hf(folder / "balanced", "qwen3_moe", tied=True, num_hidden_layers=LAYERS, **sizes, **balanced)
     write_hf(folder / "teacher", "qwen3_moe", tied=False, norm_topk_prob=False, **sizes)
     return folder
 
