@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from megatron_opd.cli_convert import convert
+from megatron_opd.cli_plan import plan
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import end_with_launcher, report_user_error
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 launch = typer.Typer(help="Start a training with all its processes.", no_args_is_help=True)
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
+app.command()(plan)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
 Overrides = Annotated[

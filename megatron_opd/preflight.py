@@ -39,22 +39,31 @@ class Checked:
 def check_before_start(config: Config, world_size: int) -> Checked:
     """Checks that `config` can run on `world_size` processes.
 
-    Raises UserError for a missing or unsupported model, an objective whose settings do not go together, a
-    layout that does not fit, or a missing prompt file.
+    Raises UserError as `check_models`, for a missing prompt file and for a run directory that is none.
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"run_dir: {config.run_dir} is a file, not a folder")
-    objective = build_objective(config)
-    student = _architecture("student.path", config.student.path)
-    teacher = _architecture("teacher.path", config.teacher.path)
-    reference = _architecture("reference.path", config.reference.path) if config.reference else None
-    parallel = check_layout(config, student, teacher, world_size, reference)
+    checked = check_models(config, world_size)
     for key, path in (
         ("data.prompts", config.data.prompts),
         ("evaluation.prompts", config.evaluation.prompts),
     ):
         if path is not None and not path.exists():
             raise UserError(f"{key}: {path} does not exist")
+    return checked
+
+
+def check_models(config: Config, world_size: int) -> Checked:
+    """Checks what needs no more than the configuration and the models' config.json.
+
+    Raises UserError for a missing or unsupported model, an objective whose settings do not go together, or a
+    layout that does not fit `world_size` processes.
+    """
+    objective = build_objective(config)
+    student = _architecture("student.path", config.student.path)
+    teacher = _architecture("teacher.path", config.teacher.path)
+    reference = _architecture("reference.path", config.reference.path) if config.reference else None
+    parallel = check_layout(config, student, teacher, world_size, reference)
     return Checked(student, teacher, reference, parallel, objective)
 
 
