@@ -45,7 +45,7 @@ def train(config: Config) -> None:
         export = config.run_dir / "hf" if config.checkpoint.export_hf else None
         if export is not None:
             architecture, source = job.architecture, config.student.path
-            save_hf(job.student.gpt, architecture, job.groups, source, export, replace=True)
+            save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
         log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
     dist.destroy_process_group()
 
@@ -77,7 +77,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         "grad_norm": sum(outcome.grad_norm for outcome in outcomes) / len(outcomes),
         "lr": job.student.learning_rate,
         "skipped": sum(not outcome.applied for outcome in outcomes),
-        **take_router_metrics([job.student.gpt], job.groups),
+        **take_router_metrics(job.student.chunks, job.groups),
         "rollout_seconds": drawn - began,
         "teacher_seconds": scored - drawn,
         "train_seconds": trained - scored,
@@ -107,7 +107,7 @@ def changes_since(config: Config) -> list[str]:
 def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`: model, optimizer, prompt position."""
     state = {"prompts": job.prompts.state_dict()}
-    job.checkpoints.save(step, job.student.gpt, job.student.optimizer, state)
+    job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state)
 
 
 def resume(job: Job) -> int:
@@ -115,7 +115,7 @@ def resume(job: Job) -> int:
     folder = job.checkpoints.newest_intact()
     if folder is None:
         return 0
-    state = job.checkpoints.load(folder, job.student.gpt, job.student.optimizer)
+    state = job.checkpoints.load(folder, job.student.chunks, job.student.optimizer)
     job.prompts.load_state_dict(state["prompts"])
     job.student.continue_after(state["step"])
     if state["step"] > job.config.training.steps:

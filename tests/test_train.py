@@ -161,6 +161,26 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     assert metrics(killed) == metrics(whole)
 
 
+def test_sequences_shared_by_two_processes_give_the_same_run(inputs, tmp_path):
+    """Context parallelism, five prompts over two processes, sampled log-probs kept for a second update."""
+    rows, settings = [], {"rollout__prompts_per_step": 5, "training__updates_per_rollout": 2}
+    for command, context in (("train",), 1), (("launch", "local"), 2):
+        config = write_config(
+            inputs, tmp_path / f"context-{context}", parallel__context=context, training__steps=3, **settings
+        )
+        done = run(*command, config)
+        assert done.returncode == 0, done.stderr
+        rows.append(metrics(tmp_path / f"context-{context}"))
+    assert len(rows[0]) == len(rows[1]) == 4
+    for whole, shared in zip(*rows, strict=True):
+        assert shared == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    exported = [load_file(tmp_path / f"context-{n}" / "hf" / "model.safetensors") for n in (1, 2)]
+    for name, whole in exported[
+        0
+    ].items():  # the mean: Adam makes a step of whatever rounding leaves of a zero gradient
+        assert (exported[1][name] - whole).abs().mean() < 1e-5, name
+
+
 def broken_line(inputs: Path, folder: Path) -> dict[str, Any]:
     path = folder / "broken.jsonl"
     path.write_text('{"prompt": "one"}\n{"prompt": "tw\n')

@@ -1,7 +1,7 @@
 """A model's shards -> Hugging Face tensors, one at a time, and a Hugging Face folder written from them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class _Owner:
 
 @torch.no_grad()
 def export_hf_tensors(
-    model: GPT, arch: Architecture, groups: ProcessGroupCollection
+    chunks: Sequence[GPT], arch: Architecture, groups: ProcessGroupCollection
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's Hugging Face tensors one at a time, (name, tensor), on every rank of the replica.
 
@@ -50,9 +50,9 @@ def export_hf_tensors(
     each Hugging Face tensor of an expert 1 broadcast over `ep` (on its stage), and for each Hugging Face tensor 1
     broadcast over `pp`; none in a group of one rank.
     """
-    mine = stage_parameters(model)
+    mine = stage_parameters(chunks)
     owners = _owners(mine, groups)
-    device = next(model.parameters()).device
+    device = next(chunks[0].parameters()).device
     exported: set[str] = set()
     for weight in model_weights(arch):
         shapes = hf_shapes(weight, arch)
@@ -95,7 +95,7 @@ def _gather_shards(weight: Weight, parameter: Tensor, tp: dist.ProcessGroup) -> 
 
 
 def save_hf(
-    model: GPT,
+    chunks: Sequence[GPT],
     arch: Architecture,
     groups: ProcessGroupCollection,
     source_folder: Path,
@@ -120,13 +120,14 @@ def save_hf(
         math.lcm(groups.tp.size(), groups.ep.size()) // groups.tp.size()
     )  # that hold all experts together
     if groups.dp_cp.rank() < replicas:
-        tensors = export_hf_tensors(model, arch, groups)
+        tensors = export_hf_tensors(chunks, arch, groups)
+        dtype = next(chunks[0].parameters()).dtype
         if groups.mp.rank() == 0 and groups.dp_cp.rank() == 0:
             try:
                 with written_aside(out_folder, replace=replace) as aside:
-                    write_config(source_folder, aside, next(model.parameters()).dtype)
+                    write_config(source_folder, aside, dtype)
                     copy_tokenizer_files(source_folder, aside)
-                    _write_safetensors(tensors, aside, model, arch, file_bytes)
+                    _write_safetensors(tensors, aside, dtype, arch, file_bytes)
             except UserError as failure:
                 error = str(failure)
         for _ in tensors:  # ranks that do not write take part; after a failure so does the one that does
@@ -135,9 +136,12 @@ def save_hf(
 
 
 def _write_safetensors(
-    tensors: Iterator[tuple[str, Tensor]], folder: Path, model: GPT, arch: Architecture, file_bytes: int
+    tensors: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    dtype: torch.dtype,
+    arch: Architecture,
+    file_bytes: int,
 ) -> None:
-    dtype = next(model.parameters()).dtype
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in model_weights(arch):
         shapes |= hf_shapes(weight, arch)

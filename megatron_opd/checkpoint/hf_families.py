@@ -84,15 +84,16 @@ def stored_at(weight: Weight, arch: Architecture) -> tuple[str, tuple[tuple[str,
     return key, tuple(axes)
 
 
-def stage_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
+def stage_parameters(chunks: Sequence[GPT]) -> dict[str, torch.nn.Parameter]:
     """A rank's parameters under the names of the tables: layers and experts numbered globally, from 0."""
     named = {}
-    for name, parameter in model.named_parameters():
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        if match:
-            layer = model.decoder.layers[int(match[1])]
-            name = f"decoder.layers.{layer.layer_number - 1}.{_with_global_expert(match[2], layer)}"
-        named[name] = parameter
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+            if match:
+                layer = chunk.decoder.layers[int(match[1])]
+                name = f"decoder.layers.{layer.layer_number - 1}.{_with_global_expert(match[2], layer)}"
+            named[name] = parameter
     return named
 
 

@@ -5,7 +5,7 @@ the file and the tensor.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,13 @@ from megatron_opd.models.gpt import GPT
 
 @torch.no_grad()
 def load_hf_weights(
-    model: GPT, arch: Architecture, folder: Path, *, tp_rank: int, tp_size: int, padded_vocab_size: int
+    chunks: Sequence[GPT],
+    arch: Architecture,
+    folder: Path,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    padded_vocab_size: int,
 ) -> None:
     """Fill this rank's parameters from a Hugging Face folder, cast to their dtype. No collectives.
 
@@ -41,7 +47,7 @@ def load_hf_weights(
     reader = HfReader(folder)
     check_hf_weights(reader, arch)
     rows = {weight.megatron: weight for weight in model_weights(arch)}
-    for name, parameter in stage_parameters(model).items():
+    for name, parameter in stage_parameters(chunks).items():
         shard = shard_from_hf(
             rows[name],
             arch,

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.checkpoint.state_read import plain_data_only
-from megatron_opd.checkpoint.weights import STATE, copy_model_files
+from megatron_opd.checkpoint.weights import STATE, copy_model_files, load_chunks, sharded_weights
 from megatron_opd.errors import UserError, why_refused
+from megatron_opd.models.gpt import GPT
 
 _PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
 _SHARDED = "optimizer_sharded"  # in run.json: whether the state is that of the distributed optimizer
@@ -46,13 +47,13 @@ class CheckpointStore:
     model_folder: Path
     identity: Mapping[str, str]
 
-    def save(self, step: int, model: Any, optimizer: Any, run_state: dict[str, Any]) -> Path:
+    def save(self, step: int, chunks: Sequence[GPT], optimizer: Any, run_state: dict[str, Any]) -> Path:
         """Write and publish the checkpoint of `step`, then delete all but the newest `keep_last`.
 
         Raises UserError, with the earlier checkpoints untouched, when the disk is or becomes full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = sharded_state(model, optimizer, self.groups, is_loading=False)
+        state = sharded_state(chunks, optimizer, self.groups, is_loading=False)
         self._check_space(_local_bytes(state))
         final = self.folder / f"{_PREFIX}{step:08d}"
         aside = self.folder / f"{_ASIDE}{final.name}"
@@ -158,7 +159,7 @@ class CheckpointStore:
             )
         return None
 
-    def load(self, folder: Path, model: Any, optimizer: Any) -> dict[str, Any]:
+    def load(self, folder: Path, chunks: Sequence[GPT], optimizer: Any) -> dict[str, Any]:
         """Load model and optimizer from a checkpoint written at any layout; returns its run state.
 
         Raises UserError when the checkpoint is not of this run: its `identity` differs; and when one of the two
@@ -180,15 +181,15 @@ class CheckpointStore:
             )
         with plain_data_only(folder / STATE):
             state = dist_checkpointing.load(
-                sharded_state(model, optimizer, self.groups, is_loading=True), str(folder / STATE)
+                sharded_state(chunks, optimizer, self.groups, is_loading=True), str(folder / STATE)
             )
-        model.load_state_dict(state["model"])
+        load_chunks(chunks, state)
         optimizer.load_state_dict(state["optimizer"])
         return run_state
 
 
 def sharded_state(
-    model: Any, optimizer: Any, groups: ProcessGroupCollection, *, is_loading: bool
+    chunks: Sequence[GPT], optimizer: Any, groups: ProcessGroupCollection, *, is_loading: bool
 ) -> dict[str, Any]:
     """Model and optimizer as megatron's sharded state dict, in the form that loads at another layout."""
     metadata = {
@@ -196,7 +197,7 @@ def sharded_state(
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": groups.dp_cp,
     }
-    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = dict(sharded_weights(chunks, metadata))
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
 

@@ -171,8 +171,8 @@ def _transformers_logits(folder: Path, arch: Architecture, ids: Tensor, precisio
 def _megatron_logits(folder: Path, arch: Architecture, ids: Tensor, precision: str) -> Tensor:
     padded = arch.padded_vocab_size(1)
     with single_process_groups() as groups:
-        model = build_gpt(arch, ParallelLayout(), groups, precision=precision, padded_vocab_size=padded)
-        load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
+        (model,) = build_gpt(arch, ParallelLayout(), groups, precision=precision, padded_vocab_size=padded)
+        load_model_weights([model], arch, folder, groups=groups, padded_vocab_size=padded)
         model.eval().to(ids.device)
         ends = torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device)
         hidden = packed_forward(model, ids, torch.arange(len(ids), device=ids.device), ends)

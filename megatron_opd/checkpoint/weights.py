@@ -7,8 +7,10 @@ dist_checkpointing format, which loads at any layout.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -65,7 +67,12 @@ def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def load_model_weights(
-    model: GPT, arch: Architecture, folder: Path, *, groups: ProcessGroupCollection, padded_vocab_size: int
+    chunks: Sequence[GPT],
+    arch: Architecture,
+    folder: Path,
+    *,
+    groups: ProcessGroupCollection,
+    padded_vocab_size: int,
 ) -> None:
     """Fill this rank's parameters from a Hugging Face or a Megatron folder, cast to their dtype.
 
@@ -76,10 +83,10 @@ def load_model_weights(
     Raises UserError for weights that are missing, cut short or do not fit the architecture.
     """
     if is_megatron_folder(folder):
-        load_megatron_weights(model, arch, folder, groups)
+        load_megatron_weights(chunks, arch, folder, groups)
     else:
         load_hf_weights(
-            model,
+            chunks,
             arch,
             folder,
             tp_rank=groups.tp.rank(),
@@ -90,20 +97,37 @@ def load_model_weights(
 
 @torch.no_grad()
 def load_megatron_weights(
-    model: GPT, arch: Architecture, folder: Path, groups: ProcessGroupCollection
+    chunks: Sequence[GPT], arch: Architecture, folder: Path, groups: ProcessGroupCollection
 ) -> None:
     """Fill this rank's parameters from the `state/` of a Megatron folder. Collective over WORLD.
 
     Names and shapes are checked first, from the checkpoint's metadata, by every rank alike.
     """
-    state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
-    _check_state(state["model"], arch, folder)
+    state = sharded_weights(chunks, {"dp_cp_group": groups.dp_cp})
+    for tensors in state.values():
+        _check_state(tensors, arch, folder)
     try:
         with plain_data_only(folder / STATE):
             loaded = dist_checkpointing.load(state, str(folder / STATE))
     except (CheckpointException, CheckpointingException, OSError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"cannot read {folder / STATE}: {last_line(error)}") from error
-    model.load_state_dict(loaded["model"])
+    load_chunks(chunks, loaded)
+
+
+def sharded_weights(chunks: Sequence[GPT], metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The chunks as megatron's sharded state dicts, {"model0": ..., "model1": ...}.
+
+    What is written knows no chunks: the keys of the tensors are those of the whole model.
+    """
+    return {
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
+    }
+
+
+def load_chunks(chunks: Sequence[GPT], loaded: dict[str, Any]) -> None:
+    """Fill the chunks from what `dist_checkpointing.load` made of `sharded_weights`."""
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{index}"])
 
 
 def _check_state(

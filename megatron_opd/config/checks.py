@@ -50,24 +50,21 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // replica
 
 
+def segment_alignment(tensor: int, context: int, sequence_parallel: bool) -> int:
+    """What the length of every packed segment is a multiple of.
+
+    Context parallelism cuts it into two chunks a rank, sequence parallelism a rank's share into one a rank.
+    """
+    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
+
+
 def check_fields(config: Config) -> None:
     """Conditions between keys alone."""
-    optimizer, training, parallel = config.optimizer, config.training, config.parallel
-    if parallel.context > 1:
-        raise UserError("parallel.context: context parallelism is not available yet: set it to 1")
+    training, parallel = config.training, config.parallel
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tensor > 1: set it to false")
-    if optimizer.warmup_steps > training.steps:
-        raise UserError(
-            f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than training.steps = "
-            f"{training.steps}: lower it"
-        )
-    if optimizer.min_lr > optimizer.lr:
-        raise UserError(
-            f"optimizer.min_lr: {optimizer.min_lr:g} is more than optimizer.lr = {optimizer.lr:g}: lower it"
-        )
-    if optimizer.cpu_offload and optimizer.distributed is False:
-        raise UserError("optimizer.cpu_offload: needs optimizer.distributed: set that to true or null")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError("parallel.virtual_pipeline: needs parallel.pipeline > 1: set it to 1")
     if config.evaluation.every and config.evaluation.prompts is None:
         raise UserError(
             "evaluation.every: there is nothing to evaluate on: give evaluation.prompts, or set it to 0"
@@ -78,6 +75,7 @@ def check_fields(config: Config) -> None:
             f"training.updates_per_rollout: {training.updates_per_rollout} updates need a rollout each, but a "
             f"step has {batch} (rollout.prompts_per_step * rollout.samples_per_prompt): lower it"
         )
+    _check_optimizer(config)
     _check_microbatch(config)
     _check_objective(config)
 
@@ -117,6 +115,33 @@ def check_layout(
     return config.parallel.model_copy(update={"data": data})
 
 
+def _check_optimizer(config: Config) -> None:
+    """Keys of the optimizer among themselves and with the length of the run."""
+    optimizer, steps = config.optimizer, config.training.steps
+    if optimizer.warmup_steps > steps:
+        raise UserError(
+            f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than training.steps = {steps}: lower it"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr: {optimizer.min_lr:g} is more than optimizer.lr = {optimizer.lr:g}: lower it"
+        )
+    if optimizer.cpu_offload and (optimizer.name == "sgd" or optimizer.distributed is False):
+        raise UserError(
+            "optimizer.cpu_offload: is of adam's sharded state: set it to false, or optimizer.name to adam and "
+            "optimizer.distributed to null"
+        )
+    if optimizer.name != "sgd":
+        return
+    for key in ("beta1", "beta2", "eps"):
+        if getattr(optimizer, key) != type(optimizer).model_fields[key].default:
+            raise UserError(f"optimizer.{key}: only adam reads it: remove it, or set optimizer.name to adam")
+    if optimizer.distributed:
+        raise UserError(
+            "optimizer.distributed: sgd has no state to shard, and megatron-core shards adam's only: leave it null"
+        )
+
+
 def _check_objective(config: Config) -> None:
     """What the objective needs from outside its section, and the keys of it that only data and checks read."""
     weight, mask = config.objective.shaping.reference_weight, config.objective.mask
@@ -144,12 +169,13 @@ def _check_objective(config: Config) -> None:
 
 def _check_microbatch(config: Config) -> None:
     """The longest sequence, padded to whole shards, has to fit a microbatch."""
-    budget, tensor = config.training.microbatch_tokens, config.parallel.tensor
-    shards = tensor if config.parallel.sequence_parallel else 1
+    budget, parallel = config.training.microbatch_tokens, config.parallel
+    shards = segment_alignment(parallel.tensor, parallel.context, parallel.sequence_parallel)
     if budget % shards:
         raise UserError(
-            f"training.microbatch_tokens: {budget} does not divide by parallel.tensor = {tensor}, as "
-            f"parallel.sequence_parallel needs: use {-(-budget // shards) * shards}"
+            f"training.microbatch_tokens: {budget} does not divide by {shards}, as the shards of parallel.context = "
+            f"{parallel.context} (two a process) and parallel.sequence_parallel (parallel.tensor = {parallel.tensor}) "
+            f"need: use {-(-budget // shards) * shards}"
         )
     longest = _longest_sequence(config)
     needed = -(-longest // shards) * shards
@@ -161,13 +187,18 @@ def _check_microbatch(config: Config) -> None:
 
 
 def _check_divisible(parallel: ParallelConfig, models: dict[str, ModelSizes]) -> None:
-    """Heads and key-value heads over TP, layers over PP, in every model."""
+    """Heads and key-value heads over TP, layers over PP and its chunks, in every model."""
     heads = {f"attention heads of the {role}": model.num_heads for role, model in models.items()}
     groups = {f"key-value heads of the {role}": model.num_kv_groups for role, model in models.items()}
     layers = {f"layers of the {role}": model.num_layers for role, model in models.items()}
+    chunks = {
+        f"layers of the {role} in a pipeline process": model.num_layers // parallel.pipeline
+        for role, model in models.items()
+    }
     for key, size, counts in (
         ("parallel.tensor", parallel.tensor, heads | groups),
         ("parallel.pipeline", parallel.pipeline, layers),
+        ("parallel.virtual_pipeline", parallel.virtual_pipeline, chunks),
     ):
         common = math.gcd(*counts.values())
         fitting = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)

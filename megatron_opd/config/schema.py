@@ -48,6 +48,11 @@ class ParallelConfig(Section):
 
     tensor: PositiveInt = Field(1, description="Processes that share the matrices of every layer (TP).")
     pipeline: PositiveInt = Field(1, description="Consecutive groups of layers, one a process (PP).")
+    virtual_pipeline: PositiveInt = Field(
+        1,
+        description="Groups of layers each pipeline process holds, interleaved (VPP): less idle time, more traffic; "
+        "needs pipeline > 1.",
+    )
     context: PositiveInt = Field(1, description="Processes that share every sequence (CP).")
     data: PositiveInt | None = Field(
         None, description="Replicas of the model (DP). null: as many as the started processes allow."
@@ -258,8 +263,13 @@ class ObjectiveConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["adam", "sgd"] = Field(
+        "adam",
+        description="adam: AdamW. sgd: weights minus rate times gradient, no momentum and no state; needs far larger "
+        "learning rates.",
+    )
     lr: float = Field(1e-6, gt=0, description="Learning rate after the warm-up.")
     min_lr: float = Field(
         0.0, ge=0, description="Learning rate that the schedule ends at; unused by `constant`."
@@ -271,20 +281,20 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(
         0.0, ge=0, description="Decoupled weight decay; not applied to norms and biases."
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the gradient.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the mean of the squared gradient.")
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam: decay of the mean of the gradient.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adam: decay of the mean of the squared gradient.")
+    eps: float = Field(1e-8, gt=0, description="adam: added to the denominator of the update.")
     clip_grad: float = Field(
         1.0, ge=0, description="Global gradient norm at which gradients are clipped. 0 is off."
     )
     distributed: bool | None = Field(
         None,
-        description="Shard the optimizer's state over data-parallel replicas. null: when there are several, or "
-        "with cpu_offload.",
+        description="Shard the optimizer's state over data- and context-parallel processes. null: when there are "
+        "several, or with cpu_offload; sgd has none to shard.",
     )
     cpu_offload: bool = Field(
         False,
-        description="Keep the optimizer's state in host memory and update there. Needs a GPU and transformer-engine.",
+        description="Keep Adam's state in host memory and update there. Needs a GPU and transformer-engine.",
     )
 
 

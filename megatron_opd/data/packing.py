@@ -2,8 +2,8 @@
 
 A rollout becomes one segment of `prompt + response[:-1]`: the last response token predicts nothing, so it is
 never an input. Targets are shifted inside each segment before packing; slicing for context parallelism comes
-later and needs no look at a neighbour. Shapes: T tokens of a microbatch (all segments with their padding), S
-segments.
+later (`Microbatch.shard`) and needs no look at a neighbour. Shapes: T tokens of a microbatch (all segments with
+their padding) or of a context-parallel rank's share of it, S segments.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,15 @@ from torch import Tensor
 from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
+from megatron_opd.objectives.context_parallel import zigzag_positions
 
 
 @dataclass(frozen=True)
 class Microbatch:
     """Packed (THD) input of one forward pass.
 
-    A microbatch without rollouts has one segment of padding and a mask that is False everywhere.
+    A microbatch without rollouts has one segment of padding and a mask that is False everywhere. A share of a
+    microbatch (`shard`) keeps the offsets of the whole.
     """
 
     tokens_T: Tensor  # int64
@@ -31,11 +33,26 @@ class Microbatch:
     mask_T: Tensor  # bool: position predicts a response token that enters the loss
     padding_T: Tensor  # bool: fills up its segment; it is computed, but counts nowhere
     rollout_logprobs_T: Tensor  # float32: the engine's log-prob of targets_T (nats); 0 where mask_T is False
-    cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, last == T; all divide by the alignment
+    cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, of the whole; all divide by the alignment
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch on another device."""
         return Microbatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def shard(self, rank: int, ranks: int) -> "Microbatch":
+        """The zigzag share of context-parallel rank `rank` of `ranks`, of a whole microbatch: [T / ranks] tokens.
+
+        With one rank it is the microbatch. ValueError if a segment does not divide by 2 * ranks.
+        """
+        if ranks == 1:
+            return self
+        mine = zigzag_positions(self.cu_seqlens, rank, ranks)
+        tokens = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name != "cu_seqlens"
+        }
+        return Microbatch(
+            **{name: tensor[mine] for name, tensor in tokens.items()}, cu_seqlens=self.cu_seqlens
+        )
 
 
 def pack(
@@ -44,13 +61,14 @@ def pack(
     dp_size: int,
     token_budget: int,
     alignment: int = 1,
+    count_multiple: int = 1,
     loss_mask: LossMask | None = None,
 ) -> list[list[Microbatch]]:
     """Deal the rollouts to the data-parallel ranks and pack each rank's share into microbatches.
 
-    `result[dp_rank]` are that rank's microbatches. Every rank has the same number of them, at least one;
-    where a rank would have fewer it splits its largest, and only when each holds one rollout it adds an empty
-    one. Deterministic: the same rollouts in the same order give the same microbatches.
+    `result[dp_rank]` are that rank's microbatches. Every rank has the same number of them, at least one and a
+    multiple of `count_multiple`; where a rank would have fewer it splits its largest, and only when each holds
+    one rollout it adds an empty one. Deterministic: the same rollouts in the same order give the same microbatches.
 
     Every segment is padded with zeros to a multiple of `alignment`, and no microbatch exceeds `token_budget`
     tokens. `loss_mask` says which response tokens are loss positions (None: all); the others stay inputs.
@@ -73,7 +91,8 @@ def pack(
             f"tokens (prompt, response and padding); set it to {max(lengths)} or more"
         )
     bins_by_rank = [_fill_bins(share, lengths, token_budget) for share in _deal(lengths, dp_size)]
-    count = max(1, *(len(bins) for bins in bins_by_rank))
+    most = max(1, *(len(bins) for bins in bins_by_rank))
+    count = -(-most // count_multiple) * count_multiple
     return [
         [_build([kept[i] for i in members], alignment) for members in _spread(bins, lengths, count)]
         for bins in bins_by_rank

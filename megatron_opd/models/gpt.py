@@ -36,7 +36,9 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 class GPT(GPTModel):
-    """One pipeline stage of a decoder. `forward` returns hidden states [T, 1, H], normed on the last stage.
+    """One chunk of a decoder's layers: a pipeline stage, or one of several that a rank holds, interleaved.
+
+    `forward` returns hidden states [T, 1, H], normed after the last chunk.
 
     Under sequence parallelism they are this rank's [T / TP, 1, H].
     """
@@ -55,7 +57,7 @@ class GPT(GPTModel):
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head's shard [V / TP, H]: the embedding's when tied. Last stage only."""
+        """The LM head's shard [V / TP, H]: the embedding's when tied. Last chunk of the last stage only."""
         assert self.post_process
         return self.shared_embedding_or_output_weight() if self.tied else self.output_layer.weight
 
@@ -91,45 +93,62 @@ def transformer_config(
     arch: Architecture, layout: ParallelLayout, *, precision: str = "fp32", recompute: str = "none"
 ) -> TransformerConfig:
     """megatron-core's config for this architecture, layout, precision ("bf16", "fp32") and recompute policy."""
-    dtype = DTYPES[precision]
-    _, rope_factor = arch.rope.frequencies(arch.head_dim, arch.max_positions)
     return TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        num_attention_heads=arch.num_heads,
-        num_query_groups=arch.num_kv_groups,
-        kv_channels=arch.head_dim,
-        softmax_scale=rope_factor**2 / arch.head_dim**0.5,  # the factor of queries times that of keys
-        ffn_hidden_size=arch.ffn_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.norm_eps,
-        qk_layernorm=arch.qk_norm,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        context_parallel_size=layout.context,
-        sequence_parallel=layout.sequence_parallel,
-        params_dtype=dtype,
+        **_layer_settings(arch),
+        **_expert_settings(arch.moe, layout),
+        **_layout_settings(layout),
+        params_dtype=DTYPES[precision],
         bf16=precision == "bf16",
         fp32_residual_connection=True,
-        pipeline_dtype=torch.float32,  # the residual stream is what travels between stages
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
         use_cpu_initialization=True,
         perform_initialization=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
-        variable_seq_lengths=layout.pipeline > 1,  # microbatches differ in length
-        moe_token_dispatcher_type="alltoall",  # megatron-core demands it with variable lengths, MoE or not
         calculate_per_token_loss=True,
-        **_expert_settings(arch.moe, layout),
         **RECOMPUTE[recompute],
     )
+
+
+def _layer_settings(arch: Architecture) -> dict[str, Any]:
+    _, rope_factor = arch.rope.frequencies(arch.head_dim, arch.max_positions)
+    return {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_heads,
+        "num_query_groups": arch.num_kv_groups,
+        "kv_channels": arch.head_dim,
+        "softmax_scale": rope_factor**2 / arch.head_dim**0.5,  # the factor of queries times that of keys
+        "ffn_hidden_size": arch.ffn_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_eps,
+        "qk_layernorm": arch.qk_norm,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+    }
+
+
+def _layout_settings(layout: ParallelLayout) -> dict[str, Any]:
+    interleaved = layout.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if interleaved else None,
+        "context_parallel_size": layout.context,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_dtype": torch.float32,  # the residual stream is what travels between stages
+        "variable_seq_lengths": layout.pipeline > 1,  # microbatches differ in length
+        "moe_token_dispatcher_type": "alltoall",  # megatron-core demands it with variable lengths, MoE or not
+        # Interleaved over two ranks, each is before and behind the other: megatron-core's default, sends and receives
+        # in batches, then mixes up activations and gradients and says nothing.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
 
 
 def _expert_settings(moe: MoESettings | None, layout: ParallelLayout) -> dict[str, Any]:
@@ -155,8 +174,11 @@ def build_gpt(
     precision: str,
     padded_vocab_size: int,
     recompute: str = "none",
-) -> GPT:
-    """This rank's pipeline stage, in the precision's dtype, parameters NOT yet loaded (checkpoint.weights fills them).
+) -> list[GPT]:
+    """This rank's model chunks in the order of their layers: one, its pipeline stage, unless they are interleaved.
+
+    In the precision's dtype, parameters NOT yet loaded (checkpoint.weights fills them). The first rank's first chunk
+    has the embedding, the last rank's last one the LM head.
 
     With tied embeddings and several stages it is collective over the first and last stage (megatron-core copies the
     embedding); otherwise it needs no communication.
@@ -166,20 +188,26 @@ def build_gpt(
     model_parallel_cuda_manual_seed(
         0, force_reset_rng=True, tp_rank=tp_rank, ep_rank=groups.ep.rank(), etp_rank=0
     )
-    model = GPT(
-        config=config,
-        transformer_layer_spec=local_block_spec(config, pp_rank),
-        vocab_size=padded_vocab_size,
-        max_sequence_length=arch.max_positions,
-        pre_process=pp_rank == 0,
-        post_process=pp_rank == layout.pipeline - 1,
-        share_embeddings_and_output_weights=arch.tied_embeddings,
-        position_embedding_type="rope",
-        pg_collection=groups,
-    )
-    model.rotary_pos_emb.inv_freq = arch.rope.frequencies(arch.head_dim, arch.max_positions)[0]
-    _mark_shards(model)
-    return model
+    last = layout.virtual_pipeline - 1
+    chunks = []
+    for index in range(layout.virtual_pipeline):
+        vp_stage = index if last else None
+        chunk = GPT(
+            config=config,
+            transformer_layer_spec=local_block_spec(config, pp_rank, vp_stage),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=arch.max_positions,
+            pre_process=pp_rank == 0 and index == 0,
+            post_process=pp_rank == layout.pipeline - 1 and index == last,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="rope",
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        chunk.rotary_pos_emb.inv_freq = arch.rope.frequencies(arch.head_dim, arch.max_positions)[0]
+        _mark_shards(chunk)
+        chunks.append(chunk)
+    return chunks
 
 
 def _mark_shards(model: GPT) -> None:
@@ -208,10 +236,11 @@ def packed_forward(
     cu_seqlens: Tensor,
     padding_T: Tensor | None = None,
 ) -> Tensor:
-    """Run one packed microbatch through a stage, bare or in DDP: hidden states [T, 1, H] ([T/TP, 1, H] with SP).
+    """Run one packed microbatch through a chunk, bare or in DDP: hidden states [T, 1, H] ([T/TP, 1, H] with SP).
 
-    `cu_seqlens` int32 [S + 1] holds the padded segment offsets, its last entry is T. Routers leave the tokens of
-    `padding_T` (bool) out of their balancing loss and statistics; None where neither is wanted.
+    `cu_seqlens` int32 [S + 1] holds the padded segment offsets, its last entry is T; under context parallelism they
+    are those of the whole microbatch and T is this rank's zigzag share of it. Routers leave the tokens of `padding_T`
+    (bool) out of their balancing loss and statistics; None where neither is wanted.
     """
     longest = int(cu_seqlens.diff().max())
     packed = PackedSeqParams(

@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opd.config.checks import segment_alignment
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -20,7 +22,8 @@ class ParallelLayout:
 
     `sequence_parallel` shards the activations between the tensor-parallel regions along the sequence as well.
     `expert` of the tensor * context * data ranks that hold the same layers share the experts of a mixture among them,
-    instead of holding all; an expert is never cut. It adds no ranks.
+    instead of holding all; an expert is never cut. `virtual_pipeline` is how many groups of consecutive layers, model
+    chunks, a pipeline rank holds; the chunks of all ranks interleave. Neither adds ranks.
     """
 
     tensor: int = 1
@@ -29,16 +32,29 @@ class ParallelLayout:
     data: int = 1
     sequence_parallel: bool = False
     expert: int = 1
+    virtual_pipeline: int = 1
 
     @property
     def world_size(self) -> int:
         """Number of ranks: tensor * pipeline * context * data."""
         return self.tensor * self.pipeline * self.context * self.data
 
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of microbatches of a pass is a multiple of: interleaved, they go round in groups."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
+
+    @property
+    def segment_alignment(self) -> int:
+        """What the length of every packed segment is a multiple of."""
+        return segment_alignment(self.tensor, self.context, self.sequence_parallel)
+
     def __str__(self) -> str:
         names = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}
         if self.expert > 1:
             names["EP"] = self.expert
+        if self.virtual_pipeline > 1:
+            names["VPP"] = self.virtual_pipeline
         return "·".join(f"{name}{size}" for name, size in names.items()) + (
             "·SP" if self.sequence_parallel else ""
         )

@@ -1,12 +1,13 @@
 """Runs megatron-core's forward/backward schedule of one model over its microbatches, with explicit process groups."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
     forward_backward_pipelining_without_interleaving,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,34 +16,39 @@ from megatron.core.utils import get_model_config
 
 def run_schedule(
     forward_step: Callable[[Any, torch.nn.Module], tuple[torch.Tensor, Callable | None]],
-    inputs: Iterable[Any],
-    model: torch.nn.Module,
+    inputs: Sequence[Any],
+    chunks: Sequence[torch.nn.Module],
     groups: ProcessGroupCollection,
     *,
-    count: int,
     forward_only: bool,
     collect: bool = False,
 ) -> list[Any]:
-    """Run `count` microbatches through this rank's pipeline stage; every rank of the model calls it.
+    """Run the microbatches `inputs` through this rank's model chunks; every rank of the model calls it.
 
-    `forward_step(iterator, model)` takes the next input and returns the stage's output and a loss function. On the
-    last stage the loss function's logs (with `collect`, whatever `loss(output, non_loss_data=True)` returns) come back
-    in a list of `count`; other stages get an empty list. Unless `forward_only`, the gradients are reduced and
-    normalised when it returns (`finalize_model_grads`).
+    `forward_step(iterator, chunk)` takes the next input and returns the chunk's output and a loss function. On the
+    last stage the loss function's logs (with `collect`, whatever `loss(output, non_loss_data=True)` returns) of the
+    last chunk come back, one an input, in their order; other stages get an empty list. Unless `forward_only`, the
+    gradients are reduced and normalised when it returns (`finalize_model_grads`). With several chunks a rank the
+    number of inputs is a multiple of the pipeline's ranks (`ParallelLayout.microbatch_multiple`).
 
-    Collectives: between stages one send/receive a microbatch and direction, and one for its shape.
+    Collectives: between chunks one send/receive a microbatch and direction, and one for its shape.
     """
-    pipelined = groups.pp.size() > 1
-    run = forward_backward_pipelining_without_interleaving if pipelined else forward_backward_no_pipelining
-    communicator = (
-        {"p2p_communicator": P2PCommunicator(groups.pp, get_model_config(model))} if pipelined else {}
-    )
+    communicator = {}
+    run = forward_backward_no_pipelining
+    if groups.pp.size() > 1:
+        communicator = {"p2p_communicator": P2PCommunicator(groups.pp, get_model_config(chunks[0]))}
+        run = forward_backward_pipelining_without_interleaving
+        if len(chunks) > 1:
+            assert len(inputs) % groups.pp.size() == 0, (
+                "microbatches of an interleaved pipeline come in groups"
+            )
+            run = forward_backward_pipelining_with_interleaving
     with torch.set_grad_enabled(not forward_only):
         return run(
             forward_step_func=forward_step,
-            data_iterator=iter(inputs),
-            model=model,
-            num_microbatches=count,
+            data_iterator=[iter(inputs) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(inputs),
             seq_length=groups.tp.size(),  # not used: the shapes travel with the tensors (variable_seq_lengths)
             micro_batch_size=1,
             forward_only=forward_only,

@@ -1,4 +1,4 @@
-"""The forward pass of one pipeline stage with cached keys and values, on the training model's own parameters.
+"""The forward pass of this rank's model chunks with cached keys and values, on the training model's own parameters.
 
 The same mathematics as the training forward (`models.layers`): float32 residual stream, RMSNorm computed in its
 input's dtype, rotary embedding applied in the compute dtype. Weights are read afresh for every `StageDecoder`.
@@ -7,7 +7,7 @@ Shapes: N tokens (all prompt tokens, packed, or one a sequence), H hidden size, 
 group on this rank, D head size, V padded vocabulary, TP tensor-parallel size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.attention import PackedAttention
 from megatron_opd.models.gpt import GPT
-from megatron_opd.models.layers import PackedAttention
 from megatron_opd.rollout.feed_forward import FeedForward, read_feed_forward
 from megatron_opd.rollout.kv_cache import KVCache
 from megatron_opd.rollout.projection import Projection, project
@@ -43,25 +43,29 @@ class _Layer:
 class StageDecoder:
     """This rank's layers with their present weights; `rows` is how many sequences will be decoded together.
 
+    Layers are numbered through all chunks of the rank; a pass goes through one chunk at a time.
     Make it anew when the weights have changed: collective over `groups.ep` for a model with experts, of which a
     replica then holds all (`feed_forward`). Collectives of a pass under TP > 1: 1 all-reduce [N, H] for the
     embedding (first stage) and 2 a layer.
     """
 
-    def __init__(self, model: GPT, arch: Architecture, groups: ProcessGroupCollection, *, rows: int) -> None:
-        tp = groups.tp
-        self._model, self._tp, self._eps = model, tp, arch.norm_eps
+    def __init__(
+        self, chunks: Sequence[GPT], arch: Architecture, groups: ProcessGroupCollection, *, rows: int
+    ) -> None:
+        tp, first, last = groups.tp, chunks[0], chunks[-1]
+        self._model, self._tp, self._eps = first, tp, arch.norm_eps
         self.head_dim = arch.head_dim
         self.groups = arch.num_kv_groups // tp.size()
         self.heads_per_group = arch.num_heads // arch.num_kv_groups
-        self.layers = [_read_layer(layer, groups, rows) for layer in model.decoder.layers]
-        self._softmax_scale = model.config.softmax_scale
-        self._prompt_attention = PackedAttention(model.config, self._softmax_scale)
-        if model.pre_process:
-            self._embedding_VH = model.embedding.word_embeddings.weight.detach()
-        if model.post_process:
-            self._final_norm = model.decoder.final_layernorm.weight.detach()
-            self._head = project(model.head_weight, rows=rows)
+        self.layers = [_read_layer(layer, groups, rows) for chunk in chunks for layer in chunk.decoder.layers]
+        self.chunks = len(chunks)
+        self._softmax_scale = first.config.softmax_scale
+        self._prompt_attention = PackedAttention(first.config, self._softmax_scale)
+        if first.pre_process:
+            self._embedding_VH = first.embedding.word_embeddings.weight.detach()
+        if last.post_process:
+            self._final_norm = last.decoder.final_layernorm.weight.detach()
+            self._head = project(last.head_weight, rows=rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,9 +92,14 @@ class StageDecoder:
         return self._head(self._norm(residual_NH, self._final_norm.float()))
 
     def run_prompts(
-        self, residual_NH: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int], store: Callable[..., None]
+        self,
+        chunk: int,
+        residual_NH: Tensor,
+        rope: tuple[Tensor, Tensor],
+        lengths: list[int],
+        store: Callable[..., None],
     ) -> Tensor:
-        """Packed prompts of these lengths through the stage; `store(layer, key, value)` receives keys and values."""
+        """Packed prompts of these lengths through a chunk; `store(layer, key, value)` receives keys and values."""
         offsets = torch.tensor([0, *lengths], device=residual_NH.device).cumsum(0).to(torch.int32)
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -104,17 +113,20 @@ class StageDecoder:
             store(layer, key, value)
             return self._prompt_attention(query.flatten(1, 2), key, value, None, packed_seq_params=packed)
 
-        return self._run_layers(residual_NH, rope, attend)
+        return self._run_layers(chunk, residual_NH, rope, attend)
 
-    def run_next(self, residual_NH: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
-        """One new token a sequence through the stage; its keys and values enter the cache."""
+    def run_next(
+        self, chunk: int, residual_NH: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache
+    ) -> Tensor:
+        """One new token a sequence through a chunk; its keys and values enter the cache.
+
+        After the last chunk the caller lets the cache advance.
+        """
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return cache.attend(layer, query, key, value, self._softmax_scale).flatten(1)
 
-        residual_NH = self._run_layers(residual_NH, rope, attend)
-        cache.advance()
-        return residual_NH
+        return self._run_layers(chunk, residual_NH, rope, attend)
 
     def rope(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [positions, 1, 1, D] of the rotary embedding in the compute dtype.
@@ -127,10 +139,14 @@ class StageDecoder:
         pair = torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
         return pair[0][:, None, None], pair[1][:, None, None]
 
-    def _run_layers(self, residual_NH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def _run_layers(
+        self, chunk: int, residual_NH: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
+    ) -> Tensor:
         shape = (len(residual_NH), self.groups, self.heads_per_group + 2, self.head_dim)
         heads = self.heads_per_group
-        for index, layer in enumerate(self.layers):
+        count = len(self.layers) // self.chunks
+        for index in range(chunk * count, (chunk + 1) * count):
+            layer = self.layers[index]
             normed_NH = self._norm(residual_NH, layer.attention_norm)
             qkv = layer.qkv(normed_NH).view(shape)
             rotated = self._rotate(self._norm_heads(qkv, layer), rope)

@@ -6,7 +6,7 @@ A batched decoding loop with cached keys and values under tensor, pipeline and d
 Shapes: B sequences in the batch, N tokens of a pass, H hidden size, V padded vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -49,7 +49,7 @@ class _Sequence:
 
 
 class LocalEngine:
-    """Draws responses with the weights that `model` (this rank's pipeline stage) has at the time of the call.
+    """Draws responses with the weights that `chunks` (this rank's part of the model) have at the time of the call.
 
     Tokens of `arch.vocab_size` and more are never drawn. At most `max_batch` sequences are decoded together (None: all
     of a call); the cache of keys and values grows with it.
@@ -57,14 +57,14 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: GPT,
+        chunks: Sequence[GPT],
         arch: Architecture,
         groups: ProcessGroupCollection,
         *,
         max_batch: int | None = None,
     ) -> None:
         assert max_batch is None or max_batch > 0
-        self._model, self._arch, self._groups, self._max_batch = model, arch, groups, max_batch
+        self._chunks, self._arch, self._groups, self._max_batch = chunks, arch, groups, max_batch
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
@@ -78,7 +78,7 @@ class LocalEngine:
             return []
         rows = len(prompts) * sampling.n
         step = max(min(self._max_batch or rows, rows), 1)
-        decoder = StageDecoder(self._model, self._arch, self._groups, rows=step)
+        decoder = StageDecoder(self._chunks, self._arch, self._groups, rows=step)
         keys = [(prompt, sample) for prompt in prompts for sample in range(sampling.n)]
         rollouts: list[Rollout] = []
         for start in range(0, rows, step):
@@ -142,10 +142,15 @@ class _Generation:
 
     def _run_next(self, tokens: list[int]) -> Tensor:
         """The residual stream [B, H] after this stage at one new token a row."""
-        residual_BH = self._enter(tokens)
         rope = self.cos[self.positions], self.sin[self.positions]
+
+        def run(chunk: int, residual_BH: Tensor) -> Tensor:
+            return self.decoder.run_next(chunk, residual_BH, rope, self.cache)
+
+        residual_BH = self._through_chunks(tokens, run)
         self.positions = self.positions + 1
-        return self.stages.pass_on(self.decoder.run_next(residual_BH, rope, self.cache))
+        self.cache.advance()
+        return residual_BH
 
     def _run_prompts(self) -> Tensor:
         """The residual stream [B, H] after this stage at every prompt's last token; fills the cache.
@@ -175,18 +180,27 @@ class _Generation:
         def store(layer: int, key_NGD: Tensor, value_NGD: Tensor) -> None:
             self.cache.write_prompts(layer, row_N, slot_N, key_NGD[token_N], value_NGD[token_N])
 
-        residual_NH = self._enter([token for prompt in prompts for token in prompt])
         positions_N = torch.cat([torch.arange(length) for length in lengths]).to(self.decoder.device)
         rope = self.cos[positions_N], self.sin[positions_N]
-        residual_NH = self.stages.pass_on(self.decoder.run_prompts(residual_NH, rope, lengths, store))
+
+        def run(chunk: int, residual_NH: Tensor) -> Tensor:
+            return self.decoder.run_prompts(chunk, residual_NH, rope, lengths, store)
+
+        residual_NH = self._through_chunks([token for prompt in prompts for token in prompt], run)
         ends = [int(end) - 1 for end, rows in zip(starts[1:], rows_of_prompts, strict=True) for _ in rows]
         return residual_NH[torch.tensor(ends, device=self.decoder.device)]
 
-    def _enter(self, tokens: list[int]) -> Tensor:
-        """The residual stream [N, H] at this stage's entrance."""
-        if self.stages.first:
-            return self.decoder.embed(torch.tensor(tokens, device=self.decoder.device))
-        return self.stages.receive(len(tokens))
+    def _through_chunks(self, tokens: list[int], run: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """The residual stream [N, H] after this rank's last chunk; `run` takes it through one, from its entrance."""
+        for chunk in range(self.decoder.chunks):
+            if self.stages.first and chunk == 0:
+                residual_NH = self.decoder.embed(torch.tensor(tokens, device=self.decoder.device))
+            else:
+                residual_NH = self.stages.receive(len(tokens))
+            residual_NH = run(chunk, residual_NH)
+            if not (self.stages.last and chunk == self.decoder.chunks - 1):
+                self.stages.pass_on(residual_NH)
+        return residual_NH
 
     def _draw(self, residual_BH: Tensor, position: int) -> tuple[list[int], list[float]]:
         """One token a row and its log-prob, the same on every rank of the replica.
@@ -224,16 +238,15 @@ class _Stages:
         self._drawing_rank = replica[-groups.tp.size()]
 
     def receive(self, count: int) -> Tensor:
-        """The residual stream [count, H] of the stage before, float32. 1 receive."""
+        """The residual stream [count, H] of the stage before (the last before the first), float32. 1 receive."""
         residual_NH = torch.empty(count, self._hidden_size, device=self._device)
         dist.recv(residual_NH, self._stage_ranks[self._pp.rank() - 1], group=self._pp)
         return residual_NH
 
-    def pass_on(self, residual_NH: Tensor) -> Tensor:
-        """Hand the residual stream to the next stage, if there is one. 1 send."""
-        if not self.last:
-            dist.send(residual_NH.contiguous(), self._stage_ranks[self._pp.rank() + 1], group=self._pp)
-        return residual_NH
+    def pass_on(self, residual_NH: Tensor) -> None:
+        """Hand the residual stream to the next stage, after the last to the first. 1 send."""
+        following = self._stage_ranks[(self._pp.rank() + 1) % self._pp.size()]
+        dist.send(residual_NH.contiguous(), following, group=self._pp)
 
     def gather_logits(self, shard: Tensor) -> Tensor | None:
         """All logits [B, V] on the rank that draws, None on the others. 1 gather under tensor parallelism."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_opd.data.packing import Microbatch
@@ -33,20 +34,23 @@ class TeacherPayload:
 
 
 class MegatronTeacher:
-    """A frozen model on the student's ranks. It has no gradients and no optimizer.
+    """A frozen model on the student's ranks, `chunks` of it on this one. It has no gradients and no optimizer.
 
     With `offload` its weights are in host memory but inside `resident()`, all except the LM head: the objective
     projects with it while the student trains.
     """
 
-    def __init__(self, model: GPT, groups: ProcessGroupCollection, *, offload: bool = False) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(
+        self, chunks: Sequence[GPT], groups: ProcessGroupCollection, *, offload: bool = False
+    ) -> None:
+        self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
         self.groups = groups
         self._offloaded: HostWeights | None = None
         if offload:
-            head = model.head_weight if model.post_process else None
-            moved = [parameter for parameter in model.parameters() if parameter is not head]
-            self._offloaded = HostWeights(moved, next(model.parameters()).device)
+            head = self.chunks[-1].head_weight if self.chunks[-1].post_process else None
+            weights = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+            moved = [parameter for parameter in weights if parameter is not head]
+            self._offloaded = HostWeights(moved, weights[0].device)
 
     def resident(self) -> AbstractContextManager[None]:
         """Inside, the whole model can be run."""
@@ -58,7 +62,7 @@ class MegatronTeacher:
         Collectives: those of a forward pass in the teacher's layout. Memory kept: N * D numbers.
         """
         with self.resident():
-            hidden = final_hidden_states(self.model, self.model, microbatches, self.groups)
+            hidden = final_hidden_states(self.chunks, microbatches, self.groups)
         return [None if hidden_ND is None else TeacherPayload(hidden_ND) for hidden_ND in hidden]
 
     def logits(self, payload: TeacherPayload, *, chunked: bool) -> Tensor | LinearLogits:
@@ -67,29 +71,29 @@ class MegatronTeacher:
         Last stage only, no collectives.
         """
         if chunked:
-            return LinearLogits(payload.hidden_ND, self.model.head_weight)
+            return LinearLogits(payload.hidden_ND, self.chunks[-1].head_weight)
         with torch.no_grad():
-            return logits_shard(payload.hidden_ND, self.model.head_weight, self.groups.tp)
+            return logits_shard(payload.hidden_ND, self.chunks[-1].head_weight, self.groups.tp)
 
 
 def final_hidden_states(
-    model: torch.nn.Module, gpt: GPT, microbatches: Sequence[Microbatch], groups: ProcessGroupCollection
+    chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], groups: ProcessGroupCollection
 ) -> list[Tensor | None]:
     """Final-norm hidden states [N, D] at the loss positions of each microbatch, None but on the last stage.
 
-    A forward pass without gradients through `model`, which is `gpt` or the DDP wrapper around it.
+    A forward pass without gradients through this rank's `chunks`, bare or in DDP wrappers.
     """
+    sharded = get_model_config(chunks[0]).sequence_parallel
 
-    def forward_step(inputs: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(inputs: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         microbatch: Microbatch = next(inputs)
         hidden_T1D = packed_forward(
-            stage, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
+            chunk, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
         )
 
         def at_loss_positions(output_T1D: Tensor, non_loss_data: bool) -> Tensor:
             assert non_loss_data
             positions_N = microbatch.mask_T.nonzero()[:, 0]
-            sharded = gpt.config.sequence_parallel
             return select_positions(output_T1D, positions_N, group=groups.tp, sequence_parallel=sharded)
 
         return hidden_T1D, at_loss_positions
@@ -97,9 +101,8 @@ def final_hidden_states(
     collected: list[Tensor | None] = run_schedule(
         forward_step,
         microbatches,
-        model,
+        chunks,
         groups,
-        count=len(microbatches),
         forward_only=True,
         collect=True,
     )

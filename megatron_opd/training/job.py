@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,7 +26,8 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
-from megatron_opd.models.gpt import GPT, build_gpt
+from megatron_opd.models.attention import uses_transformer_engine
+from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
@@ -81,9 +81,9 @@ class Job:
         device = (
             f"{self.device.type}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         )
-        engine = ["transformer-engine is installed; its layers are not used yet, megatron-core's own are"]
+        engine = "attention is transformer-engine's; the other layers are megatron-core's own"
         return [
-            *(engine if find_spec("transformer_engine") else []),
+            *([engine] if uses_transformer_engine(DTYPES[self.config.precision]) else []),
             *self.texts.notes,
             f"{begin}: {self.layout}, {self.config.precision} on {device}; {len(self.texts.training.prompts)} prompts",
         ]
@@ -100,7 +100,7 @@ class Job:
             n=samples,
             seed=seed,
         )
-        return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp)
+        return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp_cp)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Update]:
         """The rollouts of a step in equal parts, one an update, scored by all models before the student moves.
@@ -126,34 +126,39 @@ class Job:
         return updates
 
     def packed(self, rollouts: Sequence[Rollout], mask: LossMask | None = None) -> Update:
-        """This rank's microbatches of these rollouts, not scored yet."""
+        """This rank's (shares of) microbatches of these rollouts, not scored yet."""
         packed = pack(
             rollouts,
             dp_size=self.layout.data,
             token_budget=self.config.training.microbatch_tokens,
-            alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+            alignment=self.layout.segment_alignment,
+            count_multiple=self.layout.microbatch_multiple,
             loss_mask=mask,
         )
-        mine = [microbatch.to(self.device) for microbatch in packed[self.groups.dp.rank()]]
+        cp = self.groups.cp
+        mine = [
+            microbatch.shard(cp.rank(), cp.size()).to(self.device)
+            for microbatch in packed[self.groups.dp.rank()]
+        ]
         return Update(mine, UpdateScale.of(packed), [None] * len(mine))
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if not self.objective.objective.reads_old_logprobs:
             return None
-        return self._logprobs(self.student.ddp, self.student.gpt, update.microbatches)
+        return self._logprobs(self.student.ddps, self.student.chunks[-1], update.microbatches)
 
     def _reference_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if self.reference is None:
             return None
         with self.reference.resident():
-            return self._logprobs(self.reference.model, self.reference.model, update.microbatches)
+            return self._logprobs(self.reference.chunks, self.reference.chunks[-1], update.microbatches)
 
     def apply(self, update: Update, progress: float) -> Outcome:
         """Move the student by one update; one without loss tokens is skipped on all ranks alike."""
         if update.scale.loss_tokens == 0:
             return Outcome({}, 0.0, applied=False)
         self.student.zero_grad()
-        sums = self.objective.run(self.student.ddp, update, progress=progress)
+        sums = self.objective.run(self.student.ddps, update, progress=progress)
         return Outcome(sums, *self.student.apply_gradients())
 
     def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[float, int]:
@@ -161,14 +166,14 @@ class Job:
         heldout = self.packed(rollouts)
         heldout = replace(heldout, payloads=self.teacher.score(heldout.microbatches))
         plain = replace(self.objective, objective=Objective(temperature=self.config.rollout.temperature))
-        sums = plain.run(self.student.ddp, heldout, forward_only=True)
+        sums = plain.run(self.student.ddps, heldout, forward_only=True)
         return sums["reverse_kl"] / heldout.scale.loss_tokens, heldout.scale.loss_tokens
 
     def _logprobs(
-        self, model: torch.nn.Module, gpt: GPT, microbatches: Sequence[Microbatch]
+        self, chunks: Sequence[torch.nn.Module], gpt: GPT, microbatches: Sequence[Microbatch]
     ) -> list[Tensor | None]:
         return sampled_logprobs(
-            model,
+            chunks,
             gpt,
             microbatches,
             self.groups,
@@ -208,13 +213,13 @@ def set_up(config: Config) -> Job:
     cpu.install()
     device = init_distributed()
     groups = build_groups(layout)
-    gpt, teacher, reference = load_models(config, checked, layout, groups, device)
+    chunks, teacher, reference = load_models(config, checked, layout, groups, device)
     student = build_student(
-        gpt, config.optimizer, groups, precision=config.precision, steps=config.training.steps
+        chunks, config.optimizer, groups, precision=config.precision, steps=config.training.steps
     )
     settings = config.objective
     objective = ObjectivePass(
-        gpt, teacher, checked.objective, texts.vocab_size, groups, settings.check, settings.head_chunk
+        chunks[-1], teacher, checked.objective, texts.vocab_size, groups, settings.check, settings.head_chunk
     )
     # The engine draws no id that either model lacks.
     drawn = replace(checked.student, vocab_size=texts.vocab_size)
@@ -228,7 +233,7 @@ def set_up(config: Config) -> Job:
         teacher=teacher,
         reference=reference,
         objective=objective,
-        engine=LocalEngine(gpt, drawn, groups, max_batch=config.rollout.max_batch),
+        engine=LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch),
         texts=texts,
         prompts=PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle),
         checkpoints=checkpoint_store(config, checked, texts, groups),
@@ -245,6 +250,7 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
         parallel.data,
         parallel.sequence_parallel,
         parallel.expert,
+        parallel.virtual_pipeline,
     )
 
 
@@ -262,6 +268,7 @@ def checkpoint_store(
             "data.prompts (SHA-256 of their tokens)": texts.training.digest,
             "data.shuffle": str(config.data.shuffle),
             "seed": str(config.seed),
+            "optimizer.name": config.optimizer.name,
         },
     )
 
@@ -272,15 +279,15 @@ def load_models(
     layout: ParallelLayout,
     groups: ProcessGroupCollection,
     device: torch.device,
-) -> tuple[GPT, MegatronTeacher, MegatronTeacher | None]:
+) -> tuple[list[GPT], MegatronTeacher, MegatronTeacher | None]:
     """Student, teacher and, where there is one, reference with their weights, in one layout.
 
     All vocabularies are padded to the same size.
     """
     padded = max(arch.padded_vocab_size(layout.tensor) for arch in checked.architectures)
 
-    def load(arch: Architecture, folder: Path, recompute: str = "none") -> GPT:
-        model = build_gpt(
+    def load(arch: Architecture, folder: Path, recompute: str = "none") -> list[GPT]:
+        chunks = build_gpt(
             arch,
             layout,
             groups,
@@ -288,8 +295,8 @@ def load_models(
             padded_vocab_size=padded,
             recompute=recompute,
         )
-        load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
-        return model.to(device)
+        load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
+        return [chunk.to(device) for chunk in chunks]
 
     teacher = MegatronTeacher(
         load(checked.teacher, config.teacher.path), groups, offload=config.teacher.offload

@@ -17,7 +17,7 @@ from megatron_opd.teacher.megatron import final_hidden_states
 
 
 def sampled_logprobs(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     gpt: GPT,
     microbatches: Sequence[Microbatch],
     groups: ProcessGroupCollection,
@@ -28,11 +28,12 @@ def sampled_logprobs(
 ) -> list[Tensor | None]:
     """[N] for each microbatch on the last pipeline stage, nats, detached; None on the others.
 
-    `model` is `gpt` or the DDP wrapper around it. Collectives: those of a forward pass, 1 all-gather a microbatch.
+    `chunks` are this rank's, bare or in DDP wrappers; `gpt` is the last of them, bare.
+    Collectives: those of a forward pass, 1 all-gather a microbatch.
     """
     scores: list[Tensor | None] = []
     with torch.no_grad():
-        hidden = final_hidden_states(model, gpt, microbatches, groups)
+        hidden = final_hidden_states(chunks, microbatches, groups)
         for microbatch, hidden_NH in zip(microbatches, hidden, strict=True):
             if hidden_NH is None:
                 scores.append(None)

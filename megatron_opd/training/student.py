@@ -1,6 +1,7 @@
 """The student as it is trained: model, megatron-core DDP, optimizer, learning-rate schedule."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,10 @@ from megatron_opd.parallel import torch_adam
 
 @dataclass
 class Student:
-    """The trained model. `gpt` is the bare model, `ddp` the wrapper that owns the gradient buffers."""
+    """The trained model. `chunks` are this rank's bare model chunks, `ddps` their wrappers, which own the gradients."""
 
-    gpt: GPT
-    ddp: DistributedDataParallel
+    chunks: list[GPT]
+    ddps: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     config: OptimizerConfig
@@ -40,7 +41,8 @@ class Student:
         """Go on after `step` steps with this run's settings, whatever the loaded state was saved with."""
         for group in self.optimizer.param_groups:
             group["max_lr"], group["min_lr"] = self.config.lr, self.config.min_lr
-            group["betas"], group["eps"] = (self.config.beta1, self.config.beta2), self.config.eps
+            if self.config.name == "adam":
+                group["betas"], group["eps"] = (self.config.beta1, self.config.beta2), self.config.eps
         self.schedule.num_steps = step
         self.schedule.step(0)
 
@@ -50,7 +52,8 @@ class Student:
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers before a new update."""
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddps:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def apply_gradients(self) -> tuple[float, bool]:
@@ -76,27 +79,35 @@ class Student:
 
 
 def build_student(
-    gpt: GPT, config: OptimizerConfig, groups: ProcessGroupCollection, *, precision: str, steps: int
+    chunks: Sequence[GPT],
+    config: OptimizerConfig,
+    groups: ProcessGroupCollection,
+    *,
+    precision: str,
+    steps: int,
 ) -> Student:
     """Wrap a model whose weights are loaded for training.
 
-    The optimizer's state is sharded over the data-parallel ranks when `config.distributed` says so (null: when there
-    are several, or the state lies in host memory). Gradients are reduced in float32, bf16 weights have float32 masters.
+    The optimizer's state is sharded over the data- and context-parallel ranks when `config.distributed` says so (null:
+    Adam's when there are several or it lies in host memory). Gradients are reduced in float32 and bf16 weights have
+    float32 masters.
     """
     torch_adam.install()
     distributed = config.distributed
     if distributed is None:
-        distributed = config.cpu_offload or groups.dp.size() > 1
+        distributed = config.name == "adam" and (config.cpu_offload or groups.dp_cp.size() > 1)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # all ranks judge the reduced norm instead, and skip together
         average_in_collective=False,  # the loss is a sum over tokens; finalize_model_grads divides by their number
     )
-    ddp = DistributedDataParallel(gpt.config, ddp_config, gpt, pg_collection=groups)
+    shared = chunks[0].config
+    ddps = [DistributedDataParallel(shared, ddp_config, chunk, pg_collection=groups) for chunk in chunks]
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
-            optimizer="adam",
+            optimizer=config.name,
+            sgd_momentum=0.0,
             lr=config.lr,
             min_lr=config.min_lr,
             weight_decay=config.weight_decay,
@@ -112,15 +123,16 @@ def build_student(
             overlap_cpu_optimizer_d2h_h2d=config.cpu_offload,
             use_precision_aware_optimizer=config.cpu_offload,  # megatron-core offloads no other
         ),
-        [ddp],
+        ddps,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
-    _use_fused_adam(optimizer)
-    gpt.config.finalize_model_grads_func = finalize_model_grads
-    gpt.config.grad_scale_func = optimizer.scale_loss
-    gpt.config.no_sync_func = ddp.no_sync
-    return Student(gpt.train(), ddp, optimizer, _build_schedule(optimizer, config, steps), config)
+    _complete(optimizer)
+    shared.finalize_model_grads_func = finalize_model_grads
+    shared.grad_scale_func = optimizer.scale_loss
+    shared.no_sync_func = [ddp.no_sync for ddp in ddps] if len(ddps) > 1 else ddps[0].no_sync
+    trained = [chunk.train() for chunk in chunks]
+    return Student(trained, ddps, optimizer, _build_schedule(optimizer, config, steps), config)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -128,12 +140,19 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW has a fused kernel on every device; megatron-core does not ask for it."""
-    for inner in _parts(optimizer):
-        if isinstance(inner.optimizer, torch.optim.Adam):
-            for group in inner.optimizer.param_groups:
+def _complete(optimizer: MegatronOptimizer) -> None:
+    """What megatron-core leaves out: torch's AdamW has a fused kernel on every device, and SGD no state to resume."""
+    for part in _parts(optimizer):
+        if part.init_state_fn is None:
+            part.init_state_fn = _no_state
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
+
+
+def _no_state(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:
+    """Make the state that loading fills."""
+    del optimizer, config
 
 
 def _build_schedule(

@@ -1,11 +1,12 @@
 """One optimizer update: its scored microbatches, and the pass of the objective over them.
 
-The loss of an update is the sum over ALL its unmasked response tokens (microbatches, data-parallel ranks) of
-weight * estimator, divided by their number M: never a mean of means. megatron-core divides the accumulated gradient
-by T_all, the tokens of the update, so the loss function returns sum * T_all / M. The balancing losses of experts,
-which megatron-core adds in the backward pass, are sums over tokens too and become a mean by that division.
+The loss of an update is the sum over ALL its unmasked response tokens (microbatches, data- and context-parallel
+ranks) of weight * estimator, divided by their number M: never a mean of means. megatron-core divides the accumulated
+gradient by T_all, the tokens of the update, so the loss function returns sum * T_all / M. The balancing losses of
+experts, which megatron-core adds in the backward pass, are sums over tokens too and become a mean by that division.
 
-Shapes: T tokens of a microbatch, N its loss positions, V padded vocabulary, TP tensor-parallel size.
+Shapes: T tokens of a microbatch (of this context-parallel rank's share of it), N its loss positions, V padded
+vocabulary, TP tensor-parallel size.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class UpdateScale:
 
     @classmethod
     def of(cls, packed: Sequence[Sequence[Microbatch]]) -> "UpdateScale":
-        """Counted over the microbatches of all data-parallel ranks (every rank packs the same rollouts)."""
+        """Counted over the whole microbatches of all data-parallel ranks (every rank packs the same rollouts)."""
         everything = [microbatch for rank in packed for microbatch in rank]
         return cls(count_loss_tokens(everything), count_tokens(everything))
 
@@ -74,7 +75,7 @@ class Update:
 class ObjectivePass:
     """The objective, the teacher and the student's model and groups: what a pass over microbatches needs."""
 
-    gpt: GPT
+    gpt: GPT  # the student's last chunk of this rank: on the last stage it has the LM head
     teacher: MegatronTeacher
     objective: Objective
     vocab_size: int  # real vocabulary common to student and teacher
@@ -83,20 +84,25 @@ class ObjectivePass:
     head_chunk: int | None = None  # tokens whose logits exist at once; None: those of a microbatch
 
     def run(
-        self, model: torch.nn.Module, update: Update, *, progress: float = 0.0, forward_only: bool = False
+        self,
+        chunks: Sequence[torch.nn.Module],
+        update: Update,
+        *,
+        progress: float = 0.0,
+        forward_only: bool = False,
     ) -> dict[str, float]:
         """Sums over the whole update of the objective's statistics, the same on every rank.
 
         Unless `forward_only`, the gradients of the update's mean loss are accumulated, reduced and normalised in
-        `model` (the DDP wrapper). `progress` is how much of the training is done, 0 to 1. Collectives besides those
+        `chunks` (the DDP wrappers). `progress` is how much of the training is done, 0 to 1. Collectives besides those
         of megatron's schedule: those of the objective a microbatch, 2 all-reduces of the sums.
         """
         scale = update.scale
 
-        def forward_step(inputs: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        def forward_step(inputs: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
             microbatch, *scored = next(inputs)
             hidden_T1H = packed_forward(
-                stage,
+                chunk,
                 microbatch.tokens_T,
                 microbatch.position_ids_T,
                 microbatch.cu_seqlens,
@@ -110,10 +116,7 @@ class ObjectivePass:
 
             return hidden_T1H, loss_func
 
-        rows = update.rows()
-        logs = run_schedule(
-            forward_step, rows, model, self.groups, count=len(rows), forward_only=forward_only
-        )
+        logs = run_schedule(forward_step, update.rows(), chunks, self.groups, forward_only=forward_only)
         return self._reduce(logs)
 
     def _loss(
@@ -139,6 +142,7 @@ class ObjectivePass:
             old_logprob_N=old_logprob_N,
             reference_logprob_N=reference_logprob_N,
             progress=progress,
+            group=self.groups.cp,
         )
         assert stats.student_logprob is not None
         mismatch_N = stats.student_logprob.detach() - rollout_logprob_N
@@ -175,7 +179,7 @@ class ObjectivePass:
             ) from None
 
     def _reduce(self, logs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sum the microbatches' statistics over pipeline stages (only the last has any) and data-parallel ranks."""
+        """Sum the microbatches' statistics over pipeline stages (only the last has any) and data x context ranks."""
         names = (*self.objective.sum_names, "logprob_mismatch")
         total = torch.zeros(len(names), dtype=torch.float64, device=next(self.gpt.parameters()).device)
         for sums in logs:

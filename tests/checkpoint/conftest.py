@@ -13,7 +13,7 @@ def _train_and_save(folder: Path) -> Path:
     run = build_run(ParallelLayout(tensor=2), folder)
     run.train(range(1))
     store = CheckpointStore(folder / "run", 1, run.groups, folder / "student-True", {})
-    return store.save(1, run.student.gpt, run.student.optimizer, {})
+    return store.save(1, run.student.chunks, run.student.optimizer, {})
 
 
 @pytest.fixture(scope="session")

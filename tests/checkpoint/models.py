@@ -107,37 +107,38 @@ def megatron_results(
     groups = build_groups(layout)
     arch = read_architecture(folder)
     padded = arch.padded_vocab_size(layout.tensor)
-    model = build_gpt(arch, layout, groups, precision=precision, padded_vocab_size=padded)
+    chunks = build_gpt(arch, layout, groups, precision=precision, padded_vocab_size=padded)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(99.0)  # nothing may keep its first value
-    load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
-    model.eval()
+        for chunk in chunks:
+            for parameter in chunk.eval().parameters():
+                parameter.fill_(99.0)  # nothing may keep its first value
+    load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
 
-    def forward_step(inputs, stage):
+    def forward_step(inputs, chunk):
         tokens = next(inputs)
         hidden = packed_forward(
-            stage, tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
+            chunk, tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
         )
         positions, sharded = torch.arange(len(tokens)), layout.sequence_parallel
         return hidden, lambda output, non_loss_data: select_positions(
             output, positions, group=groups.tp, sequence_parallel=sharded
         )
 
-    outputs = run_schedule(forward_step, [TOKENS], model, groups, count=1, forward_only=True, collect=True)
+    inputs = [TOKENS] * layout.microbatch_multiple
+    outputs = run_schedule(forward_step, inputs, chunks, groups, forward_only=True, collect=True)
     logits = None
     if outputs:
         with torch.no_grad():
-            shard = logits_shard(outputs[0], model.head_weight, groups.tp)
+            shard = logits_shard(outputs[0], chunks[-1].head_weight, groups.tp)
         shards = [torch.empty_like(shard) for _ in range(layout.tensor)]
         dist.all_gather(shards, shard, group=groups.tp)
         logits = torch.cat(shards, dim=1)[:, : arch.vocab_size]
-    exported = {name: tensor.clone() for name, tensor in export_hf_tensors(model, arch, groups)}
+    exported = {name: tensor.clone() for name, tensor in export_hf_tensors(chunks, arch, groups)}
     first_id = groups.tp.rank() * padded // layout.tensor
     padding = max(
         (
             float(parameter[max(arch.vocab_size - first_id, 0) :].detach().abs().sum())
-            for name, parameter in stage_parameters(model).items()
+            for name, parameter in stage_parameters(chunks).items()
             if "layers" not in name and "norm" not in name
         ),
         default=0.0,

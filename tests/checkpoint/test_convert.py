@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from megatron_opd.checkpoint.convert import (
 )
 from megatron_opd.checkpoint.pieces import shares
 from megatron_opd.checkpoint.state_read import StateReader, read_metadata
-from megatron_opd.checkpoint.weights import copy_model_files, load_model_weights
+from megatron_opd.checkpoint.weights import copy_model_files, load_model_weights, sharded_weights
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.models.gpt import build_gpt
@@ -61,9 +62,9 @@ def save_with_megatron_core(folder: Path, out: Path, layout: ParallelLayout, opt
     groups = build_groups(layout)
     arch = read_architecture(folder)
     padded = arch.padded_vocab_size(layout.tensor)
-    model = build_gpt(arch, layout, groups, precision="bf16", padded_vocab_size=padded)
-    load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
-    state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
+    chunks = build_gpt(arch, layout, groups, precision="bf16", padded_vocab_size=padded)
+    load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
+    state: dict[str, Any] = dict(sharded_weights(chunks, {"dp_cp_group": groups.dp_cp}))
     if optimizer:
         moments = ShardedTensor.from_rank_offsets(
             "optimizer.state.exp_avg.embedding", torch.ones(7), replica_id=dist.get_rank()

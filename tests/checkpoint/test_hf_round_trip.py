@@ -78,10 +78,10 @@ def save_from_layout(folder: Path, out: Path, layout: ParallelLayout, **options)
     groups = build_groups(layout)
     arch = read_architecture(folder)
     padded = arch.padded_vocab_size(layout.tensor)
-    model = build_gpt(arch, layout, groups, precision="fp32", padded_vocab_size=padded)
-    load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
+    chunks = build_gpt(arch, layout, groups, precision="fp32", padded_vocab_size=padded)
+    load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
     try:
-        save_hf(model, arch, groups, folder, out, **options)
+        save_hf(chunks, arch, groups, folder, out, **options)
     except UserError as error:
         return str(error)
     return None

@@ -34,7 +34,7 @@ def _store(run: TinyRun, models: Path, folder: Path, seed: str = "0") -> Checkpo
 
 
 def _save(run: TinyRun, store: CheckpointStore, step: int) -> Path:
-    return store.save(step, run.student.gpt, run.student.optimizer, {"note": "kept"})
+    return store.save(step, run.student.chunks, run.student.optimizer, {"note": "kept"})
 
 
 def _save_and_go_on(
@@ -52,7 +52,7 @@ def _resume(layout: ParallelLayout, models: Path, folder: Path, **options: Any) 
     store = _store(run, models, folder)
     found = store.newest_intact()
     assert found is not None
-    state = store.load(found, run.student.gpt, run.student.optimizer)
+    state = store.load(found, run.student.chunks, run.student.optimizer)
     assert state == {"note": "kept", "step": 2, "identity": {"seed": "0"}}
     run.student.continue_after(state["step"])
     return run.train(range(2, 5))
@@ -150,7 +150,7 @@ def _resume_with(models: Path, folder: Path, optimizer: OptimizerConfig, seed: s
     store = _store(run, models, folder, seed)
     found = store.newest_intact()
     assert found is not None
-    store.load(found, run.student.gpt, run.student.optimizer)
+    store.load(found, run.student.chunks, run.student.optimizer)
     run.student.continue_after(2)
     return [
         {key: group[key] for key in ("lr", "betas", "eps")} for group in run.student.optimizer.param_groups
@@ -184,7 +184,7 @@ def test_whole_and_sharded_optimizers_do_not_mix(gloo, models, tmp_path, saved):
 def _bytes_to_write(layout: ParallelLayout, models: Path) -> int:
     run = build_run(layout, models, optimizer=OptimizerConfig(distributed=False))
     run.train(range(1))
-    state = sharded_state(run.student.gpt, run.student.optimizer, run.groups, is_loading=False)
+    state = sharded_state(run.student.chunks, run.student.optimizer, run.groups, is_loading=False)
     return store_module._local_bytes(state)
 
 

@@ -12,6 +12,7 @@ from megatron_opd.checkpoint.hf_families import (
     stored_at,
 )
 from megatron_opd.checkpoint.pieces import empty_objects
+from megatron_opd.checkpoint.weights import sharded_weights
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.families.rows import Weight
 from megatron_opd.models.gpt import build_gpt
@@ -40,14 +41,19 @@ def compare_with_megatron(folder, layout: ParallelLayout) -> tuple[set[str], set
     groups = build_groups(layout)
     arch = read_architecture(folder)
     padded = arch.padded_vocab_size(layout.tensor)
-    model = build_gpt(arch, layout, groups, precision="fp32", padded_vocab_size=padded)
+    chunks = build_gpt(arch, layout, groups, precision="fp32", padded_vocab_size=padded)
     rows = {weight.megatron: weight for weight in model_weights(arch)}
-    mine = stage_parameters(model)
+    mine = stage_parameters(chunks)
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(shard(rows[name], arch, padded, groups.tp.rank(), layout.tensor))
-    state = model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
-    for local_name, name in zip(dict(model.named_parameters()), mine, strict=True):
+    states = sharded_weights(chunks, {"dp_cp_group": groups.dp_cp}).values()
+    local = [
+        (state, name)
+        for state, chunk in zip(states, chunks, strict=True)
+        for name, _ in chunk.named_parameters()
+    ]
+    for (state, local_name), name in zip(local, mine, strict=True):
         entry = state.pop(local_name)
         key, axes = stored_at(rows[name], arch)
         whole = shard(rows[name], arch, padded, 0, 1)
@@ -61,8 +67,9 @@ def compare_with_megatron(folder, layout: ParallelLayout) -> tuple[set[str], set
                 for start, size in zip(block.global_offset[len(axes) :], block.data.shape, strict=True)
             ]
             assert torch.equal(whole[tuple(place)], block.data), name
-    assert all(isinstance(entry, ShardedObject) for entry in state.values())
-    return set(mine), {entry.unique_key for entry in state.values()}
+    objects = [entry for state in states for entry in state.values()]
+    assert all(isinstance(entry, ShardedObject) for entry in objects)
+    return set(mine), {entry.unique_key for entry in objects}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -70,7 +77,13 @@ def compare_with_megatron(folder, layout: ParallelLayout) -> tuple[set[str], set
 def test_keys_axes_and_places_are_megatrons(gloo, tmp_path, family, tied):
     folder = write_hf(tmp_path / "hf", family, tied=tied)
     arch = read_architecture(folder)
-    layout = ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True, expert=2 if arch.moe else 1)
+    layout = ParallelLayout(
+        tensor=2,
+        pipeline=2,
+        sequence_parallel=True,
+        expert=2 if arch.moe else 1,
+        virtual_pipeline=2 if tied else 1,
+    )
     results = gloo(4, compare_with_megatron, folder, layout)
     assert set().union(*(names for names, _ in results)) == {row.megatron for row in model_weights(arch)}
     objects = {key for _, keys in results for key in keys if key.startswith("decoder.layers.")}

@@ -106,7 +106,20 @@ def test_a_balancing_loss_needs_experts_in_the_student() -> None:
         ({"parallel": {"pipeline": 5}}, 5, r"parallel\.pipeline: 5 .*24 layers of the student"),
         ({"parallel": {"pipeline": 2, "data": 2}}, 2, r"parallel: .* is 4, but 2 processes run"),
         ({"parallel": {"pipeline": 2}}, 3, r"parallel: .* is 2, which does not divide the 3 processes"),
-        ({"parallel": {"context": 2}}, 2, r"parallel\.context: .*not available yet"),
+        (
+            {"parallel": {"context": 4}, "training": {"microbatch_tokens": 1028}},
+            4,
+            r"training\.microbatch_tokens: 1028 does not divide by 8, .*parallel\.context = 4 .*use 1032",
+        ),
+        (
+            {
+                "parallel": {"context": 2, "tensor": 4, "sequence_parallel": True},
+                "rollout": {"max_new_tokens": 513},
+                "training": {"microbatch_tokens": 1024},
+            },
+            8,
+            r"training\.microbatch_tokens: 1024 cannot hold .* 1025 tokens: raise it to 1040",
+        ),
         (
             {"parallel": {"sequence_parallel": True}},
             1,
@@ -121,7 +134,7 @@ def test_a_balancing_loss_needs_experts_in_the_student() -> None:
         (
             {"parallel": {"tensor": 4, "sequence_parallel": True}, "training": {"microbatch_tokens": 1026}},
             4,
-            r"training\.microbatch_tokens: 1026 does not divide by .*use 1028",
+            r"training\.microbatch_tokens: 1026 does not divide by 4, .*\(parallel\.tensor = 4\) need: use 1028",
         ),
         (
             {
@@ -152,6 +165,9 @@ def test_a_balancing_loss_needs_experts_in_the_student() -> None:
             1,
             r"optimizer\.min_lr: 0\.0001 is more than optimizer\.lr",
         ),
+        ({"optimizer": {"name": "sgd", "beta1": 0.5}}, 1, r"optimizer\.beta1: only adam reads it: remove it"),
+        ({"optimizer": {"name": "sgd", "eps": 1e-6}}, 1, r"optimizer\.eps: only adam reads it"),
+        ({"optimizer": {"name": "sgd", "distributed": True}}, 2, r"optimizer\.distributed: .*leave it null"),
         ({"evaluation": {"every": 5}}, 1, r"evaluation\.every: .*give evaluation\.prompts"),
         (
             {"training": {"updates_per_rollout": 13}},
@@ -228,7 +244,7 @@ def test_the_reference_has_to_fit_too() -> None:
 
 def test_limits_are_inclusive() -> None:
     exact = config(
-        optimizer={"warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5},
+        optimizer={"name": "sgd", "weight_decay": 0.1, "warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5},
         rollout={"top_k": 1000},
         training={"updates_per_rollout": 12},
     )

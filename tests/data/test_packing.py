@@ -6,13 +6,14 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.packing import Microbatch, count_loss_tokens, count_tokens, pack
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
+from megatron_opd.objectives import zigzag_positions
 
 BUDGET = 48
 
@@ -177,6 +178,31 @@ def test_one_microbatch_by_hand():
     assert m.padding_T.tolist() == [False, False, False, False, True, True]
     assert m.rollout_logprobs_T.tolist() == [0.0, -1 / 128, -2 / 128, -3 / 128, 0.0, 0.0]
     assert m.cu_seqlens.tolist() == [0, 6]
+
+
+@given(rollout_lists(), st.sampled_from([2, 4]))
+@settings(deadline=None, max_examples=50)
+def test_shares_of_context_parallel_ranks_are_the_microbatch(rollouts, ranks):
+    """Together they hold every position once; the offsets stay those of the whole."""
+    for m in pack(rollouts, dp_size=1, token_budget=BUDGET, alignment=2 * ranks)[0]:
+        shares = [m.shard(rank, ranks) for rank in range(ranks)]
+        order = torch.cat([zigzag_positions(m.cu_seqlens, rank, ranks) for rank in range(ranks)]).argsort()
+        for name, whole in vars(m).items():
+            parts = [getattr(share, name) for share in shares]
+            if name == "cu_seqlens":
+                assert all(torch.equal(part, whole) for part in parts)
+            else:
+                assert all(len(part) == len(whole) // ranks for part in parts)
+                assert torch.equal(torch.cat(parts)[order], whole)
+        assert m.shard(0, 1) is m
+
+
+def test_a_share_by_hand():
+    (m,) = pack([rollout([1, 2], [3, 4, 5]), rollout([6], [7])], dp_size=1, token_budget=8, alignment=4)[0]
+    assert m.tokens_T.tolist() == [1, 2, 3, 4, 6, 0, 0, 0]
+    assert m.shard(0, 2).tokens_T.tolist() == [1, 4, 6, 0]
+    assert m.shard(1, 2).tokens_T.tolist() == [2, 3, 0, 0]
+    assert m.shard(1, 2).position_ids_T.tolist() == [1, 2, 1, 2]
 
 
 def test_ranks_get_a_balanced_share_of_tokens():

@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.objectives import TokenStats, reference, topk_divergence, vocab_parallel_divergence
+from tools.bench.traffic import Call, recorded_traffic
 
 FIELDS = (
     "divergence",
@@ -35,25 +35,6 @@ KINDS = (
     {"kind": "jsd", "beta": 0.5},
     {"kind": "jsd", "beta": 0.9},
 )
-COLLECTIVES = [
-    "all_reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_to_all",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "gather",
-    "recv",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "scatter",
-    "send",
-    "batch_isend_irecv",
-]
-INPUT_SECOND = ("all_gather_into_tensor", "reduce_scatter_tensor")  # their first argument is the output
 
 
 @dataclass
@@ -156,7 +137,7 @@ class Outcome:
 
     stats: dict[str, Tensor | None]
     gradient: Tensor
-    forward: list[tuple[str, int]]  # collectives: name and how many numbers this rank sent
+    forward: list[tuple[str, int]]  # collectives: kind and how many numbers this rank gave
     backward: list[tuple[str, int]]
     # numel of each tensor kept for backward, and whether it is one of the inputs
     saved: list[tuple[int, bool]]
@@ -168,19 +149,19 @@ def run_shard(case: Case) -> Outcome:
     # One rank may have a teacher of another padded width.
     shards = [logits.chunk(ranks, dim=1)[rank].clone() for logits in (case.student, case.teacher)]
     student = shards[0].requires_grad_()
-    with recorded_collectives() as forward, saved_tensors(*shards) as saved:
+    with recorded_traffic() as forward, saved_tensors(*shards) as saved:
         stats = case.run(student, shards[1], dist.group.WORLD, entropies=True)
     assert stats.student_logprob is not None and stats.student_logprob.grad_fn is not None
     kept = vars(stats.student_logprob.grad_fn).values()  # past the hooks that count what is saved
     assert not any(isinstance(value, Tensor) for value in kept)
     dtype = stats.divergence.dtype
-    with recorded_collectives() as backward:
+    with recorded_traffic() as backward:
         torch.autograd.backward(
             [stats.divergence, stats.student_logprob],
             [case.divergence_grad.to(dtype), case.logprob_grad.to(dtype)],
         )
     assert student.grad is not None
-    return Outcome(detached(stats), student.grad, forward, backward, saved)
+    return Outcome(detached(stats), student.grad, given(forward), given(backward), saved)
 
 
 def detached(stats: TokenStats) -> dict[str, Tensor | None]:
@@ -209,6 +190,11 @@ def assert_matches(case: Case, outcomes: list[Outcome], tolerance: float) -> Non
     assert (shards[:, case.vocab_size :] == 0).all()
 
 
+def given(calls: list[Call]) -> list[tuple[str, int]]:
+    """Kind and numel of what this rank gave, of each call."""
+    return [(call.kind, call.numel) for call in calls]
+
+
 @contextlib.contextmanager
 def saved_tensors(*inputs: Tensor) -> Iterator[list[tuple[int, bool]]]:
     """numel of each tensor that autograd keeps, and whether it lies in the storage of one of the inputs."""
@@ -221,30 +207,3 @@ def saved_tensors(*inputs: Tensor) -> Iterator[list[tuple[int, bool]]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
-
-
-@contextlib.contextmanager
-def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Calls of the communication functions of torch.distributed: name and numel of what this rank gives."""
-    calls: list[tuple[str, int]] = []
-    with contextlib.ExitStack() as stack:
-        for name in COLLECTIVES:
-            original = getattr(dist, name)
-
-            def recording(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
-                given = args[1 if _name in INPUT_SECOND else 0] if args else None
-                calls.append((_name, given.numel() if isinstance(given, Tensor) else 0))
-                return _original(*args, **kwargs)
-
-            stack.enter_context(mock.patch.object(dist, name, recording))
-        yield calls
-
-
-@contextlib.contextmanager
-def counted_collectives() -> Iterator[dict[str, int]]:
-    """Calls of each communication function of torch.distributed, once the block has ended."""
-    counts = dict.fromkeys(COLLECTIVES, 0)
-    with recorded_collectives() as calls:
-        yield counts
-    for name, _ in calls:
-        counts[name] += 1

@@ -20,7 +20,8 @@ from megatron_opd.objectives import (
     topk_divergence,
     vocab_parallel_divergence,
 )
-from tests.objectives.cases import known, recorded_collectives, saved_tensors
+from tests.objectives.cases import given, known, saved_tensors
+from tools.bench.traffic import recorded_traffic
 
 
 @dataclass
@@ -159,17 +160,18 @@ def run_linear_shard(case: LinearCase, buffer: float | None = None) -> LinearOut
             weight, buffer, dtype=torch.promote_types(torch.float32, weight.dtype), requires_grad=False
         )
     with (
-        recorded_collectives() as forward,
+        recorded_traffic() as forward,
         saved_tensors(hidden, weight, case.teacher_hidden, teacher_weight) as saved,
     ):
         stats = case.run(hidden, weight, teacher_weight, group, weight_grad)
-    with recorded_collectives() as backward:
+    with recorded_traffic() as backward:
         case.loss(stats).backward()
     assert leaf.grad is not None and weight.grad is not None
     assert leaf.grad.dtype == leaf.dtype and weight.grad.dtype == weight.dtype
     values = {name: None if value is None else value.detach() for name, value in vars(stats).items()}
     gained = None if weight_grad is None or buffer is None else weight_grad - buffer
-    return LinearOutcome(TokenStats(**values), leaf.grad, weight.grad, gained, forward, backward, saved)  # type: ignore[arg-type]
+    calls = given(forward), given(backward)
+    return LinearOutcome(TokenStats(**values), leaf.grad, weight.grad, gained, *calls, saved)  # type: ignore[arg-type]
 
 
 class _Embedding(torch.autograd.Function):

@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_opd.objectives import token_weights
 from megatron_opd.objectives.context_parallel import gather_sequence, zigzag_positions
 from tests.gloo_pool import GlooPools
-from tests.objectives.cases import counted_collectives
 from tests.objectives.packs import SETTINGS, Packed, pack
+from tools.bench.traffic import Call, recorded_traffic
 
 OFFSETS = torch.tensor([0, 8, 32, 32, 48], dtype=torch.int32)  # divisible by 2 * 4, one segment empty
 
@@ -77,52 +77,52 @@ def test_order_is_megatrons(gloo: GlooPools, ranks: int) -> None:
         assert torch.equal(held, zigzag_positions(OFFSETS, rank, ranks))
 
 
-def gather_shard(values: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+def gather_shard(values: Tensor) -> tuple[Tensor, Tensor, list[Call]]:
     """Shard and whole of this rank, and the collectives of the gather."""
     mine = values[:, zigzag_positions(OFFSETS, dist.get_rank(), dist.get_world_size())]
-    with counted_collectives() as counts:
+    with recorded_traffic() as calls:
         whole = gather_sequence(mine, OFFSETS, dist.group.WORLD)
-    return mine, whole, counts
+    return mine, whole, calls
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
 def test_shards_come_back_in_order(gloo: GlooPools, ranks: int, dtype: torch.dtype) -> None:
     values = (100 * torch.randn(3, 48, generator=torch.Generator().manual_seed(0))).to(dtype)
-    for mine, whole, counts in gloo(ranks, gather_shard, values):
+    for mine, whole, calls in gloo(ranks, gather_shard, values):
         assert mine.shape == (3, 48 // ranks)
         assert torch.equal(whole, values) and whole.dtype == dtype
-        assert sum(counts.values()) == counts["all_gather_into_tensor"] == (0 if ranks == 1 else 1)
+        assert [call.kind for call in calls] == ([] if ranks == 1 else ["all_gather"])
 
 
 def test_without_a_group_nothing_happens() -> None:
     values = torch.randn(2, 48)
-    with counted_collectives() as counts:
+    with recorded_traffic() as calls:
         assert gather_sequence(values, OFFSETS, None) is values
-    assert sum(counts.values()) == 0
+    assert calls == []
 
 
-def wrong_share() -> tuple[str, int]:
-    with counted_collectives() as counts, pytest.raises(ValueError) as caught:
+def wrong_share() -> tuple[str, list[Call]]:
+    with recorded_traffic() as calls, pytest.raises(ValueError) as caught:
         gather_sequence(torch.zeros(1, 20), OFFSETS, dist.group.WORLD)
-    return str(caught.value), sum(counts.values())
+    return str(caught.value), calls
 
 
 def test_a_shard_of_the_wrong_size_is_refused_before_communication(gloo: GlooPools) -> None:
-    for message, collectives in gloo(2, wrong_share):
+    for message, calls in gloo(2, wrong_share):
         assert "ends at 48, but 2 context-parallel ranks with 20 positions each hold 40" in message
-        assert collectives == 0
+        assert calls == []
 
 
-def weigh_shard(batch: Packed, knowns: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, int]]]:
+def weigh_shard(batch: Packed, knowns: list[dict[str, Any]]) -> list[tuple[Tensor, list[Call]]]:
     """Weights of this rank's zigzag shard, and the collectives, for each of the settings."""
     gaps, mask, cu_seqlens = batch
     mine = zigzag_positions(cu_seqlens, dist.get_rank(), dist.get_world_size())
     results = []
     for known in knowns:
-        with counted_collectives() as counts:
+        with recorded_traffic() as calls:
             weights = token_weights(gaps[mine], mask[mine], cu_seqlens, group=dist.group.WORLD, **known)
-        results.append((weights, counts))
+        results.append((weights, calls))
     return results
 
 
@@ -144,15 +144,15 @@ def test_context_parallel_equals_the_whole_to_the_bit(
     shards = gloo(ranks, weigh_shard, batch, knowns)
     for which, known in enumerate(knowns):
         whole = token_weights(*batch, **known)
-        expected = 0 if known["kind"] == "uniform" or ranks == 1 else 1
+        expected = [] if known["kind"] == "uniform" or ranks == 1 else ["all_gather"]
         for rank in range(ranks):
-            weights, counts = shards[rank][which]
+            weights, calls = shards[rank][which]
             assert torch.equal(weights, whole[zigzag_positions(cu_seqlens, rank, ranks)])
             assert weights.dtype == whole.dtype
-            assert sum(counts.values()) == counts["all_gather_into_tensor"] == expected
+            assert [call.kind for call in calls] == expected
 
 
 def test_context_parallel_without_positions(gloo: GlooPools) -> None:
     batch = (torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.tensor([0, 0]))
-    for ((weights, counts),) in gloo(2, weigh_shard, batch, [{"unit_mean": True}]):
-        assert weights.shape == (0,) and sum(counts.values()) == 1
+    for ((weights, calls),) in gloo(2, weigh_shard, batch, [{"unit_mean": True}]):
+        assert weights.shape == (0,) and len(calls) == 1

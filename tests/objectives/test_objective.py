@@ -23,7 +23,7 @@ from megatron_opd.objectives import (
     zigzag_positions,
 )
 from tests.gloo_pool import GlooPools
-from tests.objectives.cases import counted_collectives
+from tools.bench.traffic import recorded_traffic
 
 SHARE = TokenWeight(kind="cumulative_share")
 SAMPLED = Objective(divergence="policy_gradient")
@@ -115,7 +115,7 @@ def run(objective: Objective, tensor: int, off_policy: bool, everywhere: bool) -
         vocab_size=VOCAB,
         group=tp,
     )
-    with counted_collectives() as counts:
+    with recorded_traffic() as calls:
         loss, sums = objective.loss(
             stats,
             positions,
@@ -129,7 +129,7 @@ def run(objective: Objective, tensor: int, off_policy: bool, everywhere: bool) -
         )
     loss.backward()
     assert shard.grad is not None
-    return loss.detach(), sums, mine, columns, shard.grad, sum(counts.values())
+    return loss.detach(), sums, mine, columns, shard.grad, len(calls)
 
 
 @pytest.mark.parametrize("off_policy", [False, True])

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from megatron_opd.objectives import sampled_logprob, topk_divergence, vocab_parallel_divergence
 from tests.gloo_pool import GlooPools
-from tests.objectives.cases import KINDS, random_case, recorded_collectives, run_shard
+from tests.objectives.cases import KINDS, given, random_case, run_shard
 from tests.objectives.linear_cases import random_linear_case, run_linear_shard
 from tests.objectives.topk_cases import topk_case
+from tools.bench.traffic import recorded_traffic
 
 COUNT, WIDTH = 12, 96
 Calls = list[tuple[str, int]]
@@ -21,7 +22,7 @@ Calls = list[tuple[str, int]]
 def numbers(kind: str, *, targets: bool = True, entropies: bool = True) -> Calls:
     """The gathers of statistics that the docstring of vocab_parallel_divergence promises: numbers per token."""
     first = 5 + (kind == "forward_kl") + 2 * targets + 2 * entropies
-    return [("all_gather_into_tensor", n * COUNT) for n in ([first, 2] if kind == "jsd" else [first])]
+    return [("all_gather", n * COUNT) for n in ([first, 2] if kind == "jsd" else [first])]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -52,11 +53,11 @@ def test_hidden_states(
     inputs = [whole, width // ranks * hidden, COUNT * teacher_hidden, width // ranks * teacher_hidden]
     gathered: Calls = []
     if sequence_parallel:
-        gathered = [("all_gather_into_tensor", whole // ranks)]
+        gathered = [("all_gather", whole // ranks)]
         inputs = inputs[1:]  # of the hidden states the gathered ones are kept
     for outcome in gloo(ranks, run_linear_shard, case):
         assert outcome.forward == gathered + numbers(divergence["kind"])
-        assert outcome.backward == [("reduce_scatter_tensor" if sequence_parallel else "all_reduce", whole)]
+        assert outcome.backward == [("reduce_scatter" if sequence_parallel else "all_reduce", whole)]
         assert [numel for numel, is_input in outcome.saved if is_input] == inputs
         others = [numel for numel, is_input in outcome.saved if not is_input]
         assert sum(others) <= 8 * COUNT + sequence_parallel * whole
@@ -72,7 +73,7 @@ def test_support(gloo: GlooPools, source: str, remainder: str, k: int) -> None:
     # With the targets and the entropies.
     rows = (2 + 1 + 1 + k) if served else (5 + 2 + 2 + 3 * k)
     for outcome in gloo(ranks, run_shard, case):
-        assert outcome.forward == [("all_gather_into_tensor", rows * COUNT)] and outcome.backward == []
+        assert outcome.forward == [("all_gather", rows * COUNT)] and outcome.backward == []
         big = [numel for numel, is_input in outcome.saved if is_input]
         assert big.count(COUNT * WIDTH // ranks) == (1 if served else 2)
         others = [numel for numel, is_input in outcome.saved if not is_input]
@@ -85,18 +86,18 @@ def plain(case: Any) -> Calls:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     student, teacher = (logits.chunk(ranks, dim=1)[rank] for logits in (case.student, case.teacher))
     group = dist.group.WORLD
-    with recorded_collectives() as calls:
+    with recorded_traffic() as calls:
         vocab_parallel_divergence(student, teacher, group=group)
         topk_divergence(student, teacher, k=3, group=group)
         ids = torch.zeros(COUNT, 4, dtype=torch.int64)
         topk_divergence(student, (ids, torch.zeros(COUNT, 4)), group=group)
         sampled_logprob(student, case.targets, group=group)
-    return calls
+    return given(calls)
 
 
 def test_what_is_not_asked_for_is_not_sent(gloo: GlooPools) -> None:
     for calls in gloo(2, plain, random_case(COUNT, WIDTH)):
-        assert calls == [("all_gather_into_tensor", n * COUNT) for n in (5, 5 + 3 * 3, 2 + 4, 3)]
+        assert calls == [("all_gather", n * COUNT) for n in (5, 5 + 3 * 3, 2 + 4, 3)]
 
 
 def test_one_rank_sends_nothing(gloo: GlooPools) -> None:

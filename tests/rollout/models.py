@@ -27,15 +27,17 @@ PROMPTS = [
 ]
 
 
-def load(folder: Path, layout: ParallelLayout, precision: str = "fp32") -> tuple[GPT, Architecture, Any]:
-    """This rank's stage of the folder's model, its architecture and its groups."""
+def load(
+    folder: Path, layout: ParallelLayout, precision: str = "fp32"
+) -> tuple[list[GPT], Architecture, Any]:
+    """This rank's chunks of the folder's model, its architecture and its groups."""
     cpu.install()
     groups = build_groups(layout)
     arch = read_architecture(folder)
     padded = arch.padded_vocab_size(layout.tensor)
-    model = build_gpt(arch, layout, groups, precision=precision, padded_vocab_size=padded)
-    load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
-    return model, arch, groups
+    chunks = build_gpt(arch, layout, groups, precision=precision, padded_vocab_size=padded)
+    load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
+    return chunks, arch, groups
 
 
 def generate(
@@ -48,9 +50,9 @@ def generate(
     max_batch: int | None = None,
 ) -> list[Rollout]:
     """All rollouts, as every rank of the layout gets them."""
-    model, arch, groups = load(folder, layout, precision)
-    engine = LocalEngine(model, arch, groups, max_batch=max_batch)
-    return generate_sharded(engine, prompts, sampling, weight_version=3, group=groups.dp)
+    chunks, arch, groups = load(folder, layout, precision)
+    engine = LocalEngine(chunks, arch, groups, max_batch=max_batch)
+    return generate_sharded(engine, prompts, sampling, weight_version=3, group=groups.dp_cp)
 
 
 def full_logits(model: GPT, arch: Architecture, tokens: list[int]) -> torch.Tensor:
@@ -63,7 +65,7 @@ def full_logits(model: GPT, arch: Architecture, tokens: list[int]) -> torch.Tens
 
 def reference(folder: Path, sampling: Sampling, precision: str = "fp32") -> list[Rollout]:
     """`PROMPTS` by the training forward over the whole sequence for every token, inverse CDF written plainly."""
-    model, arch, _ = load(folder, ParallelLayout(), precision)
+    (model,), arch, _ = load(folder, ParallelLayout(), precision)
     rollouts = []
     for prompt in PROMPTS:
         for sample in range(sampling.n):
@@ -87,22 +89,22 @@ def reference(folder: Path, sampling: Sampling, precision: str = "fp32") -> list
 
 def error_of_diverged(folder: Path, sampling: Sampling, layout: ParallelLayout) -> str:
     """What the engine says on this rank when the weights of one rank of the last stage are NaN."""
-    model, arch, groups = load(folder, layout)
+    chunks, arch, groups = load(folder, layout)
     if groups.pp.rank() == layout.pipeline - 1 and groups.tp.rank() == layout.tensor - 1:
         with torch.no_grad():
-            model.head_weight.fill_(torch.nan)
+            chunks[-1].head_weight.fill_(torch.nan)
     with pytest.raises(UserError) as caught:
-        LocalEngine(model, arch, groups).generate(PROMPTS, sampling, 3)
+        LocalEngine(chunks, arch, groups).generate(PROMPTS, sampling, 3)
     return str(caught.value)
 
 
 def generate_twice(folder: Path, sampling: Sampling) -> tuple[list[Rollout], list[Rollout], bool]:
     """(before, after the weights changed in place, whether training flags are kept)."""
-    model, arch, groups = load(folder, ParallelLayout())
+    (model,), arch, groups = load(folder, ParallelLayout())
     model.train()
     model.decoder.layers[1].eval()
     modes = [module.training for module in model.modules()]
-    engine = LocalEngine(model, arch, groups)
+    engine = LocalEngine([model], arch, groups)
     before = engine.generate(PROMPTS, sampling, 3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,7 +115,7 @@ def generate_twice(folder: Path, sampling: Sampling) -> tuple[list[Rollout], lis
 
 def training_logprobs(folder: Path, rollouts: list[Rollout], precision: str) -> list[list[float]]:
     """Log-probs of the responses by the training forward, at temperature 1."""
-    model, arch, _ = load(folder, ParallelLayout(), precision)
+    (model,), arch, _ = load(folder, ParallelLayout(), precision)
     result = []
     for rollout in rollouts:
         logits = full_logits(model, arch, rollout.prompt_ids + rollout.response_ids[:-1])

@@ -40,14 +40,15 @@ def scored(layout: ParallelLayout, models: Path) -> dict[str, Any]:
     plain = run.objective.teacher
     microbatches = pack(recorded_rollouts(9), dp_size=1, token_budget=96)[0]
     expected = plain.score(microbatches)
-    offloaded = MegatronTeacher(plain.model, run.groups, offload=True)
-    outside = {name: parameter.data_ptr() for name, parameter in plain.model.named_parameters()}
+    offloaded = MegatronTeacher(plain.chunks, run.groups, offload=True)
+    (model,) = plain.chunks
+    outside = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     inside: dict[str, int] = {}
-    plain.model.register_forward_pre_hook(
+    model.register_forward_pre_hook(
         lambda model, _: inside.update({name: each.data_ptr() for name, each in model.named_parameters()})
     )
     found = offloaded.score(microbatches)
-    after = {name: parameter.data_ptr() for name, parameter in plain.model.named_parameters()}
+    after = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     return {
         "same": all(
             ours is theirs

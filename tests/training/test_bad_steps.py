@@ -15,12 +15,12 @@ LAYOUTS = [ParallelLayout(), ParallelLayout(data=2), ParallelLayout(tensor=2), P
 
 def _poisoned_step(layout: ParallelLayout, models: Any, precision: str) -> tuple[float, bool, bool, float]:
     run = build_run(layout, models, precision=precision)
-    before = [parameter.detach().clone() for parameter in run.student.gpt.parameters()]
+    before = [parameter.detach().clone() for parameter in run.student.chunks[0].parameters()]
     run.forward_backward(0)
     if torch.distributed.get_rank() == layout.world_size - 1:  # only one rank sees it locally
-        next(run.student.gpt.parameters()).main_grad.view(-1)[0] = torch.nan
+        next(run.student.chunks[0].parameters()).main_grad.view(-1)[0] = torch.nan
     norm, applied = run.student.apply_gradients()
-    after = list(run.student.gpt.parameters())
+    after = list(run.student.chunks[0].parameters())
     same = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     run.forward_backward(0)
     return norm, applied, same, run.student.apply_gradients()[0]

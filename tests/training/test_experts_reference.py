@@ -19,12 +19,13 @@ from tests.checkpoint.models import write_hf
 from tests.tiny import VOCAB, recorded_rollouts
 from tests.training.tiny_run import build_run, save_pair
 
-LAYERS, EXPERTS, TOPK = 2, 4, 2
+LAYERS, EXPERTS, TOPK = 4, 4, 2
 LAYOUTS = [
     ParallelLayout(),
     ParallelLayout(data=2, expert=2),
     ParallelLayout(tensor=2, sequence_parallel=True),
-    ParallelLayout(tensor=2, sequence_parallel=True, pipeline=2, expert=2),
+    ParallelLayout(context=2, expert=2),
+    ParallelLayout(tensor=2, sequence_parallel=True, pipeline=2, virtual_pipeline=2, expert=2),
 ]
 BATCHES = {"several microbatches": (9, 96), "one microbatch": (9, 512), "a replica without tokens": (1, 96)}
 COEFFICIENT = 0.5
@@ -44,8 +45,13 @@ def models(tmp_path_factory):
 
 def packed(layout: ParallelLayout, batch: str) -> list[list[Microbatch]]:
     rollouts, budget = BATCHES[batch]
-    alignment = layout.tensor if layout.sequence_parallel else 1
-    return pack(recorded_rollouts(rollouts), dp_size=layout.data, token_budget=budget, alignment=alignment)
+    return pack(
+        recorded_rollouts(rollouts),
+        dp_size=layout.data,
+        token_budget=budget,
+        alignment=layout.segment_alignment,
+        count_multiple=layout.microbatch_multiple,
+    )
 
 
 def ours(
@@ -62,8 +68,8 @@ def ours(
     )
     microbatches = packed(layout, batch)
     run.accumulate(microbatches)
-    metrics = take_router_metrics([run.student.gpt], run.groups)
-    assert take_router_metrics([run.student.gpt], run.groups) == {}, "taken"
+    metrics = take_router_metrics(run.student.chunks, run.groups)
+    assert take_router_metrics(run.student.chunks, run.groups) == {}, "taken"
     return run.gradients(), metrics
 
 
@@ -196,7 +202,7 @@ def test_metrics_do_not_depend_on_the_packing(gloo, models):
 def dense_metrics(folder: Path) -> dict[str, float]:
     run = build_run(ParallelLayout(), folder)
     run.forward_backward(0)
-    return take_router_metrics([run.student.gpt], run.groups)
+    return take_router_metrics(run.student.chunks, run.groups)
 
 
 def test_a_dense_student_logs_nothing_of_it(gloo, tmp_path):

@@ -88,7 +88,7 @@ def several_updates(inputs: Path, run_dir: Path) -> dict[str, Any]:
     job.student.start_step()
 
     def sums() -> dict[str, float]:
-        return job.objective.run(job.student.ddp, updates[1], forward_only=True)
+        return job.objective.run(job.student.ddps, updates[1], forward_only=True)
 
     before = sums()
     job.apply(updates[0], 0.0)
@@ -134,9 +134,11 @@ def test_a_head_in_chunks_gives_the_same_steps(gloo, inputs, tmp_path, preset):
 
 def masked_tokens(inputs: Path, run_dir: Path, **changes: Any) -> tuple[int, int, dict[str, Any], bool]:
     job = build(inputs, run_dir, **changes)
-    weights = [parameter.detach().clone() for parameter in job.student.gpt.parameters()]
+    weights = [parameter.detach().clone() for parameter in job.student.chunks[0].parameters()]
     metrics, rollouts = train_step(job, 1)
-    same = all(torch.equal(old, new) for old, new in zip(weights, job.student.gpt.parameters(), strict=True))
+    same = all(
+        torch.equal(old, new) for old, new in zip(weights, job.student.chunks[0].parameters(), strict=True)
+    )
     listed = sum(bool(set(rollout.response_ids) & job.texts.mask.token_ids) for rollout in rollouts)
     return sum(len(rollout.response_ids) for rollout in rollouts), listed, metrics, same
 

@@ -60,9 +60,9 @@ def our_call(folder: Path, precision: str, prompts: list[Prompt], new_tokens: in
     groups = build_groups(layout)
     arch = read_architecture(folder)
     padded = arch.padded_vocab_size(1)
-    model = build_gpt(arch, layout, groups, precision=precision, padded_vocab_size=padded)
-    load_model_weights(model, arch, folder, groups=groups, padded_vocab_size=padded)
-    engine = LocalEngine(model, arch, groups)
+    chunks = build_gpt(arch, layout, groups, precision=precision, padded_vocab_size=padded)
+    load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
+    engine = LocalEngine(chunks, arch, groups)
 
     def call(seed: int) -> None:
         rollouts = engine.generate(prompts, Sampling(max_new_tokens=new_tokens, seed=seed), 0)
