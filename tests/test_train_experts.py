@@ -90,9 +90,8 @@ def test_a_teacher_with_experts_too(gloo, inputs, tmp_path):
 def coefficient(inputs: Path, run_dir: Path, value: str) -> tuple[float, str]:
     path = write_config(inputs, run_dir, teacher__path=str(inputs / "dense"))
     job = set_up(load_config(path, [f"training.moe_aux_loss={value}"]))
-    return job.student.chunks[0].config.moe_aux_loss_coeff, job.student.chunks[
-        0
-    ].config.moe_router_load_balancing_type
+    model = job.student.chunks[0].config
+    return model.moe_aux_loss_coeff, model.moe_router_load_balancing_type
 
 
 def test_the_balancing_loss_is_set_by_the_config_or_the_model(gloo, inputs, tmp_path):

@@ -19,14 +19,13 @@ from tests.checkpoint.models import write_hf
 from tests.tiny import VOCAB, recorded_rollouts
 from tests.training.tiny_run import build_run, save_pair
 
-LAYERS, EXPERTS, TOPK = 2, 4, 2
+LAYERS, EXPERTS, TOPK = 4, 4, 2
 LAYOUTS = [
     ParallelLayout(),
     ParallelLayout(data=2, expert=2),
     ParallelLayout(tensor=2, sequence_parallel=True),
-    ParallelLayout(tensor=2, sequence_parallel=True, pipeline=2, expert=2),
     ParallelLayout(context=2, expert=2),
-    ParallelLayout(context=2, tensor=2, sequence_parallel=True),
+    ParallelLayout(tensor=2, sequence_parallel=True, pipeline=2, virtual_pipeline=2, expert=2),
 ]
 BATCHES = {"several microbatches": (9, 96), "one microbatch": (9, 512), "a replica without tokens": (1, 96)}
 COEFFICIENT = 0.5
@@ -51,6 +50,7 @@ def packed(layout: ParallelLayout, batch: str) -> list[list[Microbatch]]:
         dp_size=layout.data,
         token_budget=budget,
         alignment=layout.segment_alignment,
+        count_multiple=layout.microbatch_multiple,
     )
 
 
