@@ -1,6 +1,7 @@
 """The checks of a run that need no process group: made before processes start, and again by each of them."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,6 +107,21 @@ def _architecture(key: str, folder: Path) -> Architecture:
         return read_architecture(folder)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def check_offload(config: Config) -> None:
+    """Raises UserError when something is to be kept in host memory and this machine cannot, or has nothing else."""
+    cuda = torch.cuda.is_available()
+    models = {"teacher": config.teacher, "reference": config.reference}
+    for role, model in models.items():
+        if model is not None and model.offload and not cuda:
+            raise UserError(
+                f"{role}.offload: without a GPU the weights are in host memory anyway: set it to false"
+            )
+    if config.optimizer.cpu_offload and not (cuda and find_spec("transformer_engine")):
+        raise UserError(
+            "optimizer.cpu_offload: megatron-core's needs a GPU and the package transformer-engine: set it to false"
+        )
 
 
 def check_devices(processes: int) -> None:

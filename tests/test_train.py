@@ -127,6 +127,22 @@ def test_the_exported_student_is_the_checkpoint(inputs, tmp_path):
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in exported.items())
 
 
+def test_an_interleaved_pipeline_trains_alike_and_goes_on_in_another_layout(inputs, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    settings = {"evaluation__every": 2}
+    assert run("train", write_config(inputs, one, **settings)).returncode == 0
+    config = write_config(inputs, other, **settings)
+    interleaved = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "training.steps=4")
+    for changes in (interleaved, ("parallel.tensor=2",)):
+        done = run("launch", "local", config, *changes)
+        assert done.returncode == 0, done.stderr
+    assert "resuming at step 4" in done.stdout
+    for row, expected in zip(metrics(other), metrics(one), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    exported, expected = (load_file(run_dir / "hf" / "model.safetensors") for run_dir in (other, one))
+    assert all(torch.allclose(exported[name], tensor, atol=1e-4) for name, tensor in expected.items())
+
+
 def _kill_rank(launcher: subprocess.Popen[str], rank: int) -> None:
     for child in psutil.Process(launcher.pid).children(recursive=True):
         if child.environ().get("RANK") == str(rank) and "megatron_opd.cli" in " ".join(child.cmdline()):
@@ -159,6 +175,26 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stdout
     assert metrics(killed) == metrics(whole)
+
+
+def test_sequences_shared_by_two_processes_give_the_same_run(inputs, tmp_path):
+    """Context parallelism, five prompts over two processes, sampled log-probs kept for a second update."""
+    rows, settings = [], {"rollout__prompts_per_step": 5, "training__updates_per_rollout": 2}
+    for command, context in (("train",), 1), (("launch", "local"), 2):
+        config = write_config(
+            inputs, tmp_path / f"context-{context}", parallel__context=context, training__steps=3, **settings
+        )
+        done = run(*command, config)
+        assert done.returncode == 0, done.stderr
+        rows.append(metrics(tmp_path / f"context-{context}"))
+    assert len(rows[0]) == len(rows[1]) == 4
+    for whole, shared in zip(*rows, strict=True):
+        assert shared == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    exported = [load_file(tmp_path / f"context-{n}" / "hf" / "model.safetensors") for n in (1, 2)]
+    for name, whole in exported[
+        0
+    ].items():  # the mean: Adam makes a step of whatever rounding leaves of a zero gradient
+        assert (exported[1][name] - whole).abs().mean() < 1e-5, name
 
 
 def broken_line(inputs: Path, folder: Path) -> dict[str, Any]:

@@ -61,8 +61,6 @@ def segment_alignment(tensor: int, context: int, sequence_parallel: bool) -> int
 def check_fields(config: Config) -> None:
     """Conditions between keys alone."""
     training, parallel = config.training, config.parallel
-    if parallel.context > 1:
-        raise UserError("parallel.context: context parallelism is not available yet: set it to 1")
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tensor > 1: set it to false")
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
@@ -102,6 +100,8 @@ def check_layout(
             f"rollout.prompts_per_step: {rollout.prompts_per_step} prompts of {rollout.samples_per_prompt} "
             f"samples do not divide by {data} data-parallel replicas: make their product a multiple of {data}"
         )
+    if config.training.moe_aux_loss is not None and not student.num_experts:
+        raise UserError("training.moe_aux_loss: the student has no experts to balance: leave it null")
     models = {"student": student, "teacher": teacher} | ({"reference": reference} if reference else {})
     _check_divisible(config.parallel, models)
     _check_experts(config.parallel, models, data)
@@ -126,14 +126,18 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(
             f"optimizer.min_lr: {optimizer.min_lr:g} is more than optimizer.lr = {optimizer.lr:g}: lower it"
         )
+    if optimizer.cpu_offload and optimizer.distributed is False:
+        raise UserError("optimizer.cpu_offload: needs optimizer.distributed: set that to true or null")
     if optimizer.name != "sgd":
         return
+    if optimizer.cpu_offload:
+        raise UserError("optimizer.cpu_offload: sgd has no state to offload: set it to false")
     for key in ("beta1", "beta2", "eps"):
         if getattr(optimizer, key) != type(optimizer).model_fields[key].default:
             raise UserError(f"optimizer.{key}: only adam reads it: remove it, or set optimizer.name to adam")
     if optimizer.distributed:
         raise UserError(
-            "optimizer.distributed: sgd has no state to shard, and megatron-core could not save it: leave it null"
+            "optimizer.distributed: sgd has no state to shard, and megatron-core shards adam's only: leave it null"
         )
 
 
@@ -164,12 +168,13 @@ def _check_objective(config: Config) -> None:
 
 def _check_microbatch(config: Config) -> None:
     """The longest sequence, padded to whole shards, has to fit a microbatch."""
-    budget, tensor = config.training.microbatch_tokens, config.parallel.tensor
-    shards = tensor if config.parallel.sequence_parallel else 1
+    budget, parallel = config.training.microbatch_tokens, config.parallel
+    shards = segment_alignment(parallel.tensor, parallel.context, parallel.sequence_parallel)
     if budget % shards:
         raise UserError(
-            f"training.microbatch_tokens: {budget} does not divide by parallel.tensor = {tensor}, as "
-            f"parallel.sequence_parallel needs: use {-(-budget // shards) * shards}"
+            f"training.microbatch_tokens: {budget} does not divide by {shards}, as the shards of parallel.context = "
+            f"{parallel.context} (two a process) and parallel.sequence_parallel (parallel.tensor = {parallel.tensor}) "
+            f"need: use {-(-budget // shards) * shards}"
         )
     longest = _longest_sequence(config)
     needed = -(-longest // shards) * shards

@@ -2,8 +2,8 @@
 
 A rollout becomes one segment of `prompt + response[:-1]`: the last response token predicts nothing, so it is
 never an input. Targets are shifted inside each segment before packing; slicing for context parallelism comes
-later and needs no look at a neighbour. Shapes: T tokens of a microbatch (all segments with their padding), S
-segments.
+later (`Microbatch.shard`) and needs no look at a neighbour. Shapes: T tokens of a microbatch (all segments with
+their padding) or of a context-parallel rank's share of it, S segments.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,25 +16,43 @@ from torch import Tensor
 from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
+from megatron_opd.objectives.context_parallel import zigzag_positions
 
 
 @dataclass(frozen=True)
 class Microbatch:
     """Packed (THD) input of one forward pass.
 
-    A microbatch without rollouts has one segment of padding and a mask that is False everywhere.
+    A microbatch without rollouts has one segment of padding and a mask that is False everywhere. A share of a
+    microbatch (`shard`) keeps the offsets of the whole.
     """
 
     tokens_T: Tensor  # int64
     position_ids_T: Tensor  # int64, restart at 0 in every segment
     targets_T: Tensor  # int64: the token that position t predicts; 0 where mask_T is False
     mask_T: Tensor  # bool: position predicts a response token that enters the loss
+    padding_T: Tensor  # bool: fills up its segment; it is computed, but counts nowhere
     rollout_logprobs_T: Tensor  # float32: the engine's log-prob of targets_T (nats); 0 where mask_T is False
-    cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, last == T; all divide by the alignment
+    cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, of the whole; all divide by the alignment
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch on another device."""
         return Microbatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def shard(self, rank: int, ranks: int) -> "Microbatch":
+        """The zigzag share of context-parallel rank `rank` of `ranks`, of a whole microbatch: [T / ranks] tokens.
+
+        With one rank it is the microbatch. ValueError if a segment does not divide by 2 * ranks.
+        """
+        if ranks == 1:
+            return self
+        mine = zigzag_positions(self.cu_seqlens, rank, ranks)
+        tokens = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name != "cu_seqlens"
+        }
+        return Microbatch(
+            **{name: tensor[mine] for name, tensor in tokens.items()}, cu_seqlens=self.cu_seqlens
+        )
 
 
 def pack(
@@ -84,6 +102,11 @@ def pack(
 def count_loss_tokens(microbatches: Iterable[Microbatch]) -> int:
     """Loss positions over all microbatches: this rank's part of the normaliser M."""
     return sum(int(microbatch.mask_T.sum()) for microbatch in microbatches)
+
+
+def count_tokens(microbatches: Iterable[Microbatch]) -> int:
+    """Tokens of prompts and responses over all microbatches, padding left out."""
+    return sum(int((~microbatch.padding_T).sum()) for microbatch in microbatches)
 
 
 def _padded_length(rollout: Rollout, alignment: int) -> int:
@@ -151,6 +174,7 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
     tokens: list[int] = []
     targets: list[int] = []
     mask: list[bool] = []
+    padding: list[bool] = []
     logprobs: list[float] = []
     lengths = [_padded_length(rollout, alignment) for rollout, _ in members]
     for (rollout, kept), length in zip(members, lengths, strict=True):
@@ -160,16 +184,18 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
         tokens += inputs + [0] * tail
         targets += [0] * first + rollout.response_ids + [0] * tail
         mask += [False] * first + kept + [False] * tail
+        padding += [False] * len(inputs) + [True] * tail
         logprobs += [0.0] * first + rollout.logprobs + [0.0] * tail
     if not members:
         lengths, tokens, targets = [alignment], [0] * alignment, [0] * alignment
-        mask, logprobs = [False] * alignment, [0.0] * alignment
+        mask, padding, logprobs = [False] * alignment, [True] * alignment, [0.0] * alignment
     mask_T = torch.tensor(mask, dtype=torch.bool)
     return Microbatch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
         position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
         targets_T=torch.tensor(targets, dtype=torch.int64).where(mask_T, 0),
         mask_T=mask_T,
+        padding_T=torch.tensor(padding, dtype=torch.bool),
         rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32).where(mask_T, 0.0),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
     )

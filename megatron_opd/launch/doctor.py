@@ -22,7 +22,7 @@ _COLOURS = {OK: "green", NOTE: "yellow", MISSING: "bold red"}
 _GIB = 1024**3
 _REQUIRED = ("transformers", "safetensors", "datasets", "tensorboard", "matplotlib")
 _OPTIONAL = {  # distribution -> what it is good for
-    "transformer-engine": "fused Adam on NVIDIA GPUs; its layers are not used yet",
+    "transformer-engine": "attention (bf16) and fused Adam on NVIDIA GPUs",
     "apex": "fused optimizer on NVIDIA GPUs",
     "sglang": "not used yet",
 }

@@ -40,14 +40,14 @@ class ParallelLayout:
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
-    def segment_alignment(self) -> int:
-        """What the length of every packed segment is a multiple of."""
-        return segment_alignment(self.tensor, self.context, self.sequence_parallel)
-
-    @property
     def microbatch_multiple(self) -> int:
         """What the number of microbatches of a pass is a multiple of: interleaved, they go round in groups."""
         return self.pipeline if self.virtual_pipeline > 1 else 1
+
+    @property
+    def segment_alignment(self) -> int:
+        """What the length of every packed segment is a multiple of."""
+        return segment_alignment(self.tensor, self.context, self.sequence_parallel)
 
     def __str__(self) -> str:
         names = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}

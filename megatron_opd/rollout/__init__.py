@@ -4,7 +4,7 @@
 - `local`: `LocalEngine`, which generates on the training ranks with the model's own weights.
 - `decoder`, `feed_forward`, `kv_cache`, `projection`: the forward pass of one pipeline stage, with cached keys and
   values.
-- `sharded`: the data-parallel replicas each generate a share.
+- `sharded`: the replicas (data x context parallel) each generate a share.
 
 May import models, parallel and data; never training, teacher or checkpoint.
 """

@@ -19,8 +19,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.attention import PackedAttention
 from megatron_opd.models.gpt import GPT
-from megatron_opd.models.layers import PackedAttention
 from megatron_opd.rollout.feed_forward import FeedForward, read_feed_forward
 from megatron_opd.rollout.kv_cache import KVCache
 from megatron_opd.rollout.projection import Projection, project

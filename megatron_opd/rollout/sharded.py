@@ -1,4 +1,7 @@
-"""Rollouts of all data-parallel replicas: each generates its share of the prompts, all get the whole."""
+"""Rollouts of all replicas: each generates its share of the prompts, all get the whole.
+
+Decoding needs no context parallelism, so its ranks are replicas here like the data-parallel ones.
+"""
 
 from collections.abc import Sequence
 
@@ -18,7 +21,7 @@ def generate_sharded(
     weight_version: int,
     group: dist.ProcessGroup,
 ) -> list[Rollout]:
-    """The rollouts of `prompts` in prompt order, the same list on every rank; `group` is the data-parallel group.
+    """The rollouts of `prompts` in prompt order, the same list on every rank; `group` has the replicas.
 
     Every rank gets all of them so that all pack the same microbatches without asking each other. 1 all-gather of
     token ids and log-probs (a few kilobytes a rollout), none with one replica.

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,11 +26,12 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
-from megatron_opd.models.gpt import GPT, build_gpt
+from megatron_opd.models.attention import uses_transformer_engine
+from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
-from megatron_opd.preflight import Checked, check_before_start
+from megatron_opd.preflight import Checked, check_before_start, check_offload
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sharded import generate_sharded
@@ -81,9 +81,9 @@ class Job:
         device = (
             f"{self.device.type}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         )
-        engine = ["transformer-engine is installed; its layers are not used yet, megatron-core's own are"]
+        engine = "attention is transformer-engine's; the other layers are megatron-core's own"
         return [
-            *(engine if find_spec("transformer_engine") else []),
+            *([engine] if uses_transformer_engine(DTYPES[self.config.precision]) else []),
             *self.texts.notes,
             f"{begin}: {self.layout}, {self.config.precision} on {device}; {len(self.texts.training.prompts)} prompts",
         ]
@@ -100,7 +100,7 @@ class Job:
             n=samples,
             seed=seed,
         )
-        return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp)
+        return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp_cp)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Update]:
         """The rollouts of a step in equal parts, one an update, scored by all models before the student moves.
@@ -126,16 +126,20 @@ class Job:
         return updates
 
     def packed(self, rollouts: Sequence[Rollout], mask: LossMask | None = None) -> Update:
-        """This rank's microbatches of these rollouts, not scored yet."""
+        """This rank's (shares of) microbatches of these rollouts, not scored yet."""
         packed = pack(
             rollouts,
             dp_size=self.layout.data,
             token_budget=self.config.training.microbatch_tokens,
-            alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+            alignment=self.layout.segment_alignment,
             count_multiple=self.layout.microbatch_multiple,
             loss_mask=mask,
         )
-        mine = [microbatch.to(self.device) for microbatch in packed[self.groups.dp.rank()]]
+        cp = self.groups.cp
+        mine = [
+            microbatch.shard(cp.rank(), cp.size()).to(self.device)
+            for microbatch in packed[self.groups.dp.rank()]
+        ]
         return Update(mine, UpdateScale.of(packed), [None] * len(mine))
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
@@ -146,7 +150,8 @@ class Job:
     def _reference_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if self.reference is None:
             return None
-        return self._logprobs(self.reference.chunks, self.reference.chunks[-1], update.microbatches)
+        with self.reference.resident():
+            return self._logprobs(self.reference.chunks, self.reference.chunks[-1], update.microbatches)
 
     def apply(self, update: Update, progress: float) -> Outcome:
         """Move the student by one update; one without loss tokens is skipped on all ranks alike."""
@@ -199,6 +204,7 @@ def set_up(config: Config) -> Job:
 
     Raises UserError for anything the user can mend. Collective: every rank calls it.
     """
+    check_offload(config)
     checked = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
     texts = read_texts(config, min(arch.vocab_size for arch in checked.architectures))
     layout = layout_of(checked.parallel)
@@ -292,11 +298,16 @@ def load_models(
         load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
         return [chunk.to(device) for chunk in chunks]
 
-    teacher = MegatronTeacher(load(checked.teacher, config.teacher.path), groups)
+    teacher = MegatronTeacher(
+        load(checked.teacher, config.teacher.path), groups, offload=config.teacher.offload
+    )
     reference = None
     if config.reference is not None and checked.reference is not None:
-        reference = MegatronTeacher(load(checked.reference, config.reference.path), groups)
-    return load(checked.student, config.student.path, config.training.recompute), teacher, reference
+        reference = MegatronTeacher(
+            load(checked.reference, config.reference.path), groups, offload=config.reference.offload
+        )
+    trained = checked.student.with_aux_loss(config.training.moe_aux_loss)
+    return load(trained, config.student.path, config.training.recompute), teacher, reference
 
 
 def read_texts(config: Config, vocab_size: int) -> Texts:

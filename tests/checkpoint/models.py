@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from megatron_opd.checkpoint.hf_export import export_hf_tensors
 from megatron_opd.checkpoint.hf_families import stage_parameters
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.models.architecture import read_architecture
-from megatron_opd.models.gpt import build_gpt, packed_forward
+from megatron_opd.models.gpt import GPT, build_gpt, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
@@ -113,34 +114,33 @@ def megatron_results(
             for parameter in chunk.eval().parameters():
                 parameter.fill_(99.0)  # nothing may keep its first value
     load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
+    logits = _logits(chunks, layout, groups)
+    exported = {name: tensor.clone() for name, tensor in export_hf_tensors(chunks, arch, groups)}
+    real_rows = max(arch.vocab_size - groups.tp.rank() * padded // layout.tensor, 0)
+    padding = (
+        float(parameter[real_rows:].detach().abs().sum())
+        for name, parameter in stage_parameters(chunks).items()
+        if "layers" not in name and "norm" not in name
+    )
+    return None if logits is None else logits[:, : arch.vocab_size], exported, max(padding, default=0.0)
+
+
+@torch.no_grad()
+def _logits(chunks: list[GPT], layout: ParallelLayout, groups: ProcessGroupCollection) -> Tensor | None:
+    """Logits [T, padded V] of `TOKENS`, gathered; None but on the last stage."""
+    positions, offsets = torch.arange(len(TOKENS)), torch.tensor([0, len(TOKENS)], dtype=torch.int32)
 
     def forward_step(inputs, chunk):
-        tokens = next(inputs)
-        hidden = packed_forward(
-            chunk, tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
-        )
-        positions, sharded = torch.arange(len(tokens)), layout.sequence_parallel
+        hidden = packed_forward(chunk, next(inputs), positions, offsets)
         return hidden, lambda output, non_loss_data: select_positions(
-            output, positions, group=groups.tp, sequence_parallel=sharded
+            output, positions, group=groups.tp, sequence_parallel=layout.sequence_parallel
         )
 
     inputs = [TOKENS] * layout.microbatch_multiple
     outputs = run_schedule(forward_step, inputs, chunks, groups, forward_only=True, collect=True)
-    logits = None
-    if outputs:
-        with torch.no_grad():
-            shard = logits_shard(outputs[0], chunks[-1].head_weight, groups.tp)
-        shards = [torch.empty_like(shard) for _ in range(layout.tensor)]
-        dist.all_gather(shards, shard, group=groups.tp)
-        logits = torch.cat(shards, dim=1)[:, : arch.vocab_size]
-    exported = {name: tensor.clone() for name, tensor in export_hf_tensors(chunks, arch, groups)}
-    first_id = groups.tp.rank() * padded // layout.tensor
-    padding = max(
-        (
-            float(parameter[max(arch.vocab_size - first_id, 0) :].detach().abs().sum())
-            for name, parameter in stage_parameters(chunks).items()
-            if "layers" not in name and "norm" not in name
-        ),
-        default=0.0,
-    )
-    return logits, exported, padding
+    if not outputs:
+        return None
+    shard = logits_shard(outputs[0], chunks[-1].head_weight, groups.tp)
+    shards = [torch.empty_like(shard) for _ in range(layout.tensor)]
+    dist.all_gather(shards, shard, group=groups.tp)
+    return torch.cat(shards, dim=1)

@@ -45,6 +45,7 @@ def config(**sections: dict[str, Any]) -> Config:
         ({"tensor": 4, "pipeline": 3}, 12),
         ({"tensor": 2, "sequence_parallel": True, "data": 3}, 6),
         ({"pipeline": 24}, 24),
+        ({"pipeline": 4, "virtual_pipeline": 6}, 4),
     ],
 )
 def test_layouts_that_fit(parallel: dict[str, Any], world_size: int) -> None:
@@ -85,6 +86,15 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         check_layout(config(parallel=parallel), Sizes(), teacher, 2)
 
 
+def test_a_balancing_loss_needs_experts_in_the_student() -> None:
+    balanced = config(training={"moe_aux_loss": 0.01})
+    check_layout(balanced, EXPERTS, Sizes(), 1)
+    with pytest.raises(
+        UserError, match=r"^training\.moe_aux_loss: the student has no experts.*leave it null$"
+    ):
+        check_layout(balanced, Sizes(), EXPERTS, 1)
+
+
 @pytest.mark.parametrize(
     ("sections", "world_size", "expected"),
     [
@@ -95,9 +105,32 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         ),
         ({"parallel": {"tensor": 8}}, 8, r"parallel\.tensor: 8 .*4 key-value heads of the student"),
         ({"parallel": {"pipeline": 5}}, 5, r"parallel\.pipeline: 5 .*24 layers of the student"),
+        (
+            {"parallel": {"pipeline": 4, "virtual_pipeline": 4}},
+            4,
+            r"parallel\.virtual_pipeline: 4 .* 6 layers of the student in a .* process: use one of 1, 2, 3, 6",
+        ),
+        (
+            {"parallel": {"virtual_pipeline": 2}},
+            1,
+            r"parallel\.virtual_pipeline: needs parallel\.pipeline > 1: set it to 1",
+        ),
         ({"parallel": {"pipeline": 2, "data": 2}}, 2, r"parallel: .* is 4, but 2 processes run"),
         ({"parallel": {"pipeline": 2}}, 3, r"parallel: .* is 2, which does not divide the 3 processes"),
-        ({"parallel": {"context": 2}}, 2, r"parallel\.context: .*not available yet"),
+        (
+            {"parallel": {"context": 4}, "training": {"microbatch_tokens": 1028}},
+            4,
+            r"training\.microbatch_tokens: 1028 does not divide by 8, .*parallel\.context = 4 .*use 1032",
+        ),
+        (
+            {
+                "parallel": {"context": 2, "tensor": 4, "sequence_parallel": True},
+                "rollout": {"max_new_tokens": 513},
+                "training": {"microbatch_tokens": 1024},
+            },
+            8,
+            r"training\.microbatch_tokens: 1024 cannot hold .* 1025 tokens: raise it to 1040",
+        ),
         (
             {"parallel": {"sequence_parallel": True}},
             1,
@@ -112,7 +145,7 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         (
             {"parallel": {"tensor": 4, "sequence_parallel": True}, "training": {"microbatch_tokens": 1026}},
             4,
-            r"training\.microbatch_tokens: 1026 does not divide by .*use 1028",
+            r"training\.microbatch_tokens: 1026 does not divide by 4, .*\(parallel\.tensor = 4\) need: use 1028",
         ),
         (
             {
@@ -143,6 +176,9 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
             1,
             r"optimizer\.min_lr: 0\.0001 is more than optimizer\.lr",
         ),
+        ({"optimizer": {"name": "sgd", "beta1": 0.5}}, 1, r"optimizer\.beta1: only adam reads it: remove it"),
+        ({"optimizer": {"name": "sgd", "eps": 1e-6}}, 1, r"optimizer\.eps: only adam reads it"),
+        ({"optimizer": {"name": "sgd", "distributed": True}}, 2, r"optimizer\.distributed: .*leave it null"),
         ({"evaluation": {"every": 5}}, 1, r"evaluation\.every: .*give evaluation\.prompts"),
         (
             {"training": {"updates_per_rollout": 13}},
@@ -219,7 +255,7 @@ def test_the_reference_has_to_fit_too() -> None:
 
 def test_limits_are_inclusive() -> None:
     exact = config(
-        optimizer={"warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5},
+        optimizer={"name": "sgd", "weight_decay": 0.1, "warmup_steps": 10, "lr": 1e-5, "min_lr": 1e-5},
         rollout={"top_k": 1000},
         training={"updates_per_rollout": 12},
     )

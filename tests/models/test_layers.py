@@ -1,52 +1,10 @@
-"""The layer parts that stand in for transformer-engine, each against a plain formula."""
+"""The norm and the residual of a layer, each against a plain formula."""
 
 import types
 
-import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_opd.models.layers import PackedAttention, RMSNorm, add_residual
-
-CONFIG = types.SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)
-
-
-def _packed(lengths: list[int]) -> PackedSeqParams:
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
-
-
-def _plain_attention(query, key, value):
-    """[L, A, D], [L, G, D] in float64: softmax over earlier positions."""
-    query, key, value = (x.double().transpose(0, 1) for x in (query, key, value))
-    key, value = (x.repeat_interleave(query.size(0) // x.size(0), 0) for x in (key, value))
-    scores = query @ key.transpose(1, 2) / query.size(-1) ** 0.5
-    scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
-
-
-@pytest.mark.parametrize("lengths", [[7], [5, 1, 9], [1, 1], [4, 4]])
-def test_packed_attention_keeps_segments_apart_in_value_and_gradient(lengths):
-    torch.manual_seed(0)
-    total = sum(lengths)
-    inputs = [torch.randn(total, heads, 8, requires_grad=True) for heads in (6, 2, 2)]
-    out = PackedAttention(CONFIG)(*inputs, None, packed_seq_params=_packed(lengths))
-    upstream = torch.randn(total, 48)
-    gradients = torch.autograd.grad((out * upstream).sum(), inputs)
-
-    doubles = [x.detach().double().requires_grad_() for x in inputs]
-    parts = zip(*(x.split(lengths) for x in doubles), strict=True)
-    expected = torch.cat([_plain_attention(*part) for part in parts])
-    expected_gradients = torch.autograd.grad((expected * upstream.double()).sum(), doubles)
-    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
-    for got, want in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+from megatron_opd.models.layers import RMSNorm, add_residual
 
 
 def test_rms_norm_goes_from_the_residual_dtype_to_the_weight_dtype():

@@ -170,9 +170,8 @@ def run_linear_shard(case: LinearCase, buffer: float | None = None) -> LinearOut
     assert leaf.grad.dtype == leaf.dtype and weight.grad.dtype == weight.dtype
     values = {name: None if value is None else value.detach() for name, value in vars(stats).items()}
     gained = None if weight_grad is None or buffer is None else weight_grad - buffer
-    return LinearOutcome(
-        TokenStats(**values), leaf.grad, weight.grad, gained, given(forward), given(backward), saved
-    )  # type: ignore[arg-type]
+    calls = given(forward), given(backward)
+    return LinearOutcome(TokenStats(**values), leaf.grad, weight.grad, gained, *calls, saved)  # type: ignore[arg-type]
 
 
 class _Embedding(torch.autograd.Function):

@@ -12,6 +12,8 @@ LAYOUTS = [
     ParallelLayout(tensor=2, data=2),
     ParallelLayout(pipeline=2, data=2),
     ParallelLayout(pipeline=4),
+    ParallelLayout(context=2, data=2),
+    ParallelLayout(tensor=2, context=2),
 ]
 
 
@@ -29,6 +31,7 @@ def test_sizes_and_membership(gloo, layout):
         assert len(members["tp"]) == layout.tensor
         assert len(members["pp"]) == layout.pipeline
         assert len(members["dp"]) == layout.data
+        assert len(members["cp"]) == layout.context and len(members["dp_cp"]) == layout.context * layout.data
         assert len(members["mp"]) == layout.tensor * layout.pipeline
         assert all(rank in ranks for ranks in members.values())
         first, last = members["pp"][0], members["pp"][-1]
@@ -37,6 +40,22 @@ def test_sizes_and_membership(gloo, layout):
         assert members["ep"] == [rank]
     tensor_neighbours = [members["tp"] for members in results]
     assert tensor_neighbours[0] == list(range(layout.tensor)), "tensor-parallel ranks are neighbours"
+
+
+@pytest.mark.parametrize(
+    ("layout", "alignment"),
+    [
+        (ParallelLayout(tensor=2, data=2), 1),
+        (ParallelLayout(tensor=2, sequence_parallel=True), 2),
+        (ParallelLayout(context=4), 8),
+        (ParallelLayout(context=2, tensor=2), 4),
+        (ParallelLayout(context=2, tensor=4, sequence_parallel=True), 16),
+    ],
+    ids=str,
+)
+def test_what_segments_are_padded_to(layout, alignment):
+    """Two chunks for each context-parallel rank, one part of its share for each sequence-parallel rank."""
+    assert layout.segment_alignment == alignment
 
 
 def _two_models() -> float:

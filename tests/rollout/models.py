@@ -52,7 +52,7 @@ def generate(
     """All rollouts, as every rank of the layout gets them."""
     chunks, arch, groups = load(folder, layout, precision)
     engine = LocalEngine(chunks, arch, groups, max_batch=max_batch)
-    return generate_sharded(engine, prompts, sampling, weight_version=3, group=groups.dp)
+    return generate_sharded(engine, prompts, sampling, weight_version=3, group=groups.dp_cp)
 
 
 def full_logits(model: GPT, arch: Architecture, tokens: list[int]) -> torch.Tensor:

@@ -1,16 +1,19 @@
 """A tiny student and teacher trained on recorded rollouts, in any layout: what several tests share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.checkpoint.hf_export import export_hf_tensors
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.config.schema import OptimizerConfig
-from megatron_opd.data.packing import pack
+from megatron_opd.data.packing import Microbatch, pack
+from megatron_opd.data.rollouts import Rollout
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.gpt import GPT, build_gpt
 from megatron_opd.objectives import Objective, TokenWeight
@@ -46,14 +49,23 @@ class TinyRun:
 
     def forward_backward(self, step: int, rollouts: int = 9) -> dict[str, float]:
         """Accumulate the gradients of recorded step `step`."""
-        packed = pack(
-            recorded_rollouts(rollouts, seed=step),
+        return self.accumulate(self.pack(recorded_rollouts(rollouts, seed=step)))
+
+    def pack(self, rollouts: Sequence[Rollout]) -> list[list[Microbatch]]:
+        """The whole microbatches of every data-parallel rank."""
+        return pack(
+            rollouts,
             dp_size=self.layout.data,
             token_budget=96,
-            alignment=self.layout.tensor if self.layout.sequence_parallel else 1,
+            alignment=self.layout.segment_alignment,
             count_multiple=self.layout.microbatch_multiple,
         )
-        microbatches, scale = packed[self.groups.dp.rank()], UpdateScale.of(packed)
+
+    def accumulate(self, packed: list[list[Microbatch]]) -> dict[str, float]:
+        """Accumulate the gradients of these microbatches, a list for each data-parallel rank."""
+        cp = self.groups.cp
+        microbatches = [each.shard(cp.rank(), cp.size()) for each in packed[self.groups.dp.rank()]]
+        scale = UpdateScale.of(packed)
         self.student.zero_grad()
         update = Update(microbatches, scale, self.objective.teacher.score(microbatches))
         return self.objective.run(self.student.ddps, update)
@@ -70,10 +82,30 @@ class TinyRun:
         return curve
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The main gradients under their Hugging Face names, assembled from all shards. Ends the run."""
-        for chunk in self.student.chunks:
-            for parameter in chunk.parameters():
-                parameter.data = parameter.main_grad.clone()
+        """The main gradients under their Hugging Face names, in the parameters' dtype, assembled from all shards.
+
+        The distributed optimizer leaves each data-parallel rank the sum of its own part of every bucket only: here the
+        ranks give each other their parts.
+        """
+        for ddp in self.student.ddps:
+            for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets if ddp.ddp_config.use_distributed_optimizer else ():
+                    mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+        parameters = [parameter for chunk in self.student.chunks for parameter in chunk.parameters()]
+        values = [parameter.data for parameter in parameters]
+        try:
+            for parameter in parameters:
+                # Another dtype would cost the parameter the hook that accumulates its gradient.
+                parameter.data = parameter.main_grad.to(parameter.dtype, copy=True)
+            return self.parameters()
+        finally:
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data = value
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters under their Hugging Face names, assembled from all shards."""
         exported = export_hf_tensors(self.student.chunks, self.arch, self.groups)
         return {name: tensor.clone() for name, tensor in exported}
 
