@@ -109,16 +109,20 @@ def _architecture(key: str, folder: Path) -> Architecture:
         raise UserError(f"{key}: {error}") from None
 
 
-def check_offload(config: Config) -> None:
-    """Raises UserError when something is to be kept in host memory and this machine cannot, or has nothing else."""
-    cuda = torch.cuda.is_available()
+def check_offload(config: Config, *, gpu: bool | None = None, engine: bool | None = None) -> None:
+    """Raises UserError when something is to be kept in host memory and the machine cannot, or has nothing else.
+
+    `gpu` and `engine` say whether it has a GPU and transformer-engine. None: what this machine has.
+    """
+    cuda = torch.cuda.is_available() if gpu is None else gpu
+    engine = find_spec("transformer_engine") is not None if engine is None else engine
     models = {"teacher": config.teacher, "reference": config.reference}
     for role, model in models.items():
         if model is not None and model.offload and not cuda:
             raise UserError(
                 f"{role}.offload: without a GPU the weights are in host memory anyway: set it to false"
             )
-    if config.optimizer.cpu_offload and not (cuda and find_spec("transformer_engine")):
+    if config.optimizer.cpu_offload and not (cuda and engine):
         raise UserError(
             "optimizer.cpu_offload: megatron-core's needs a GPU and the package transformer-engine: set it to false"
         )

@@ -127,15 +127,15 @@ def _attention(w: Widths) -> int:
     """Queries, keys, values, output and A normalisers a position; float32 on a CPU, padded without
     transformer-engine.
 
-    Padded positions also have an index (int64) and a mark of what is no padding. Under context parallelism without
-    transformer-engine every rank holds all keys and values and, for each of its two chunks of a segment, a mask of the
-    keys that it sees (two bytes or four a key and query).
+    Padded positions also have an index (int64) each, and a mark of what is no padding. Under context parallelism
+    without transformer-engine every rank holds all keys and values and, for each of its two chunks of a segment, a
+    mask of the keys that it sees (two bytes or four a key and query).
     """
     value = _FP32 if w.cpu else w.c
     if w.engine:
         return w.c * w.t * (2 * w.Q + 2 * w.G) + _FP32 * w.t * w.A
     kept = value * (w.padded * 2 * w.Q + w.keys * 2 * w.G) + _FP32 * w.padded * w.A
-    kept += (_INDEX + 1) * w.padded
+    kept += _INDEX * (w.padded + 2 * w.keys) + w.padded
     if w.context > 1:
         # Chunks r and 2 CP - 1 - r together see (2 CP + 1) / (2 CP) of a segment's keys, each with L / (2 CP) queries.
         kept += value * (w.padded // 2) * (w.longest * (2 * w.context + 1) // (2 * w.context))

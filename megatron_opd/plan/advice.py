@@ -106,6 +106,10 @@ def _changes(plan: Plan) -> Iterator[Changes]:
         yield {"training.microbatch_tokens": tokens}
     if plan.setting.distributed_optimizer is False and config.optimizer.name == "adam":
         yield {"optimizer.distributed": True}
+    if plan.hardware.kernels != "cpu" and not config.teacher.offload:
+        yield {"teacher.offload": True}
+    if not config.optimizer.cpu_offload and config.optimizer.name == "adam":
+        yield {"optimizer.cpu_offload": True}
     yield from _layouts(plan)
 
 

@@ -49,6 +49,7 @@ class Hardware(_Numbers):
     )
     memory_bandwidth: Positive = Field(description="GB/s.")
     memory_achieved: Share = Field(description="Share of it that is reached.")
+    host_bandwidth: Positive = Field(description="GB/s between the device and host memory.")
     launch: Annotated[float, Field(ge=0)] = Field(
         description="Microseconds that starting an operation takes."
     )

@@ -1,8 +1,9 @@
 """Bytes of a rank by part, and in which phase of a step the most of them are alive together.
 
-Always there: weights, gradients and optimizer state of the student, weights of teacher and reference. Besides, one
-phase at a time: `rollout` (cache of keys and values, logits, copies of weights), `scoring` (the teacher's pass and its
-payload) and `training` (payload, activations, objective). Formulas stand with each function.
+Always there: weights, gradients and optimizer state of the student, weights of teacher and reference; what is offloaded
+lies in host memory instead, weights except while their model scores. Besides, one phase at a time: `rollout` (cache of
+keys and values, logits, copies of weights), `scoring` (the teacher's pass and its payload) and `training` (payload,
+activations, objective). Formulas stand with each function.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_opd.kernels.torch_streaming import CPU_BLOCK_ELEMENTS
+from megatron_opd.models.architecture import Architecture
 from megatron_opd.objectives.logits import CPU_WEIGHT_GRADIENT_ELEMENTS, DEVICE_WEIGHT_GRADIENT_ELEMENTS
 from megatron_opd.plan.activations import kept_by_chunk, kept_by_layer, recomputed_attention
 from megatron_opd.plan.parameters import Parameter, chunks_of_stage, stage_parameters
@@ -52,18 +54,35 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
     """Of the fullest rank of this pipeline stage."""
     student = stage_parameters(setting.student, setting.layout, setting.padded_vocab, stage)
     weights, gradients, state = trained_bytes(setting, student)
+    if setting.config.optimizer.cpu_offload:
+        state = 0
     always = {"student weights": weights, "gradients": gradients, "optimizer state": state}
-    frozen = {"teacher weights": setting.teacher, "reference weights": setting.reference}
-    for name, arch in frozen.items():
-        if arch is not None:
-            held = stage_parameters(arch, setting.layout, setting.padded_vocab, stage)
-            always[name] = setting.bytes_per_value * sum(p.numel for chunk in held for p in chunk)
+    lent: dict[str, int] = {}
+    config = setting.config
+    for role, model, arch in (
+        ("teacher", config.teacher, setting.teacher),
+        ("reference", config.reference, setting.reference),
+    ):
+        if model is not None and arch is not None:
+            head, others = frozen_bytes(setting, arch, stage)
+            always[f"{role} weights"] = head if model.offload else head + others
+            if model.offload:
+                lent[f"offloaded {role} weights"] = others
     phases = {
         "rollout": _rollout(setting, stage, student),
-        "scoring": _scoring(setting, stage),
+        "scoring": {**_scoring(setting, stage), **lent},
         "training": _training(setting, stage, student),
     }
     return StageMemory(stage, always, phases)
+
+
+def frozen_bytes(setting: Setting, arch: Architecture, stage: int) -> tuple[int, int]:
+    """Weights of a model that is only run forward: (the LM head, which is never offloaded, all others)."""
+    chunks = stage_parameters(arch, setting.layout, setting.padded_vocab, stage)
+    total = setting.bytes_per_value * sum(p.numel for chunk in chunks for p in chunk)
+    last = stage == setting.layout.pipeline - 1
+    head = setting.bytes_per_value * setting.vocab_shard * arch.hidden_size if last else 0
+    return head, total - head
 
 
 def buckets(

@@ -9,7 +9,7 @@ from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel.groups import ParallelLayout
-from megatron_opd.preflight import check_models
+from megatron_opd.preflight import check_models, check_offload
 from megatron_opd.training.job import layout_of
 
 Kernels = Literal["cpu", "torch", "transformer-engine"]
@@ -96,6 +96,7 @@ class Setting:
         """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
         from what only its data and run directory can show."""
         checked = check_models(config, processes)
+        check_offload(config, gpu=kernels != "cpu", engine=kernels == "transformer-engine")
         layout = layout_of(checked.parallel)
         return cls(
             config=config,
@@ -130,7 +131,7 @@ class Setting:
         optimizer = self.config.optimizer
         if optimizer.distributed is not None:
             return optimizer.distributed
-        return optimizer.name == "adam" and self.data_ranks > 1
+        return optimizer.name == "adam" and (optimizer.cpu_offload or self.data_ranks > 1)
 
     @property
     def data_ranks(self) -> int:

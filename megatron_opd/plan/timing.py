@@ -20,11 +20,13 @@ from megatron_opd.plan.flops import (
     scoring_passes,
 )
 from megatron_opd.plan.hardware import Hardware, Link
+from megatron_opd.plan.memory import frozen_bytes
 from megatron_opd.plan.parameters import Parameter, chunks_of_stage, stage_parameters
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.plan.traffic import Traffic
 from megatron_opd.rollout.local import PROMPT_TOKENS
 
+_FP32 = 4
 LIMITS = ("arithmetic", "memory reads", "kernel starts", "sending", "idle")
 
 
@@ -37,7 +39,7 @@ class Starts:
     expert: int  # each expert that has tokens here
 
 
-FORWARD, BACKWARD, DECODE = Starts(88, 107, 7), Starts(118, 128, 15), Starts(23, 27, 11)
+FORWARD, BACKWARD, DECODE = Starts(99, 128, 7), Starts(118, 128, 15), Starts(23, 27, 11)
 _DRAW = 40  # drawing a token of every sequence
 
 
@@ -119,7 +121,7 @@ class _Clock:
         return Span(seconds)
 
     def scoring(self) -> Span:
-        """Forward passes of the teacher and of the other models that score."""
+        """Forward passes of the teacher and of the other models that score; offloaded weights come first."""
         setting, work = self.setting, self.setting.workload
         last = setting.layout.pipeline - 1
         times = []
@@ -133,7 +135,7 @@ class _Clock:
                 passed = self._work(flops, self._held(arch, stage), layers * self._starts(arch, FORWARD))
                 stage_time = {name: stage_time[name] + share * passed[name] for name in LIMITS}
             times.append(stage_time)
-        sent = [self._sent(stage, "scoring") for stage in self._stages]
+        sent = [self._sent(stage, "scoring") + self._lent(stage) for stage in self._stages]
         return self._pipelined(times, work.updates * work.microbatches, sent)
 
     def training(self) -> Span:
@@ -154,7 +156,10 @@ class _Clock:
         return self._pipelined(times, work.updates * work.microbatches, sent)
 
     def optimizer(self) -> Span:
-        """Reads gradient, master and moments and writes the last three and the weight: some 30 bytes a number."""
+        """Reads gradient, master and moments and writes the last three and the weight: some 30 bytes a number.
+
+        Offloaded, the gradient goes to the host and the weight comes back, which takes 30 bytes a number there.
+        """
         setting = self.setting
         spans = []
         for stage in self._stages:
@@ -163,13 +168,28 @@ class _Clock:
                 numbers = sum(p.numel / self._sharing(p) for p in held)
             else:
                 numbers = float(sum(p.numel for p in held))
-            seconds = self._work(0.0, 30.0 * numbers * setting.workload.updates, 0.0)
+            numbers *= setting.workload.updates
+            seconds = self._work(0.0, 30.0 * numbers, 0.0)
+            if setting.config.optimizer.cpu_offload:
+                moved = 30.0 + _FP32 + setting.bytes_per_value
+                seconds["memory reads"] = moved * numbers / (1e9 * self.hardware.host_bandwidth)
             spans.append(Span({**seconds, "sending": self._sent(stage, "optimizer")}))
         return max(spans, key=lambda span: span.total)
 
     @property
     def _stages(self) -> range:
         return range(self.setting.layout.pipeline)
+
+    def _lent(self, stage: int) -> float:
+        """Seconds that offloaded weights take to the device, once an update."""
+        config, setting = self.setting.config, self.setting
+        models = ((config.teacher, setting.teacher), (config.reference, setting.reference))
+        moved = sum(
+            frozen_bytes(setting, arch, stage)[1]
+            for model, arch in models
+            if model is not None and arch is not None and model.offload
+        )
+        return setting.workload.updates * moved / (1e9 * self.hardware.host_bandwidth)
 
     def _layers(self, arch: Architecture, stage: int) -> int:
         return sum(chunk.layers for chunk in chunks_of_stage(arch, self.setting.layout, stage))

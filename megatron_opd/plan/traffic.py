@@ -217,7 +217,8 @@ def _objective(setting: Setting, passes: float) -> Iterator[Traffic]:
         yield _calls(setting, "training", "tp", "all_gather", passes, size)
     hidden = setting.bytes_per_value * tokens * setting.student.hidden_size
     yield _calls(setting, "training", "tp", "all_reduce", passes, hidden)
-    yield _calls(setting, "training", "cp", "all_gather", passes, 3 * _FP32 * pack.tokens)
+    if section.token_weight.kind != "uniform" or (section.sampled and section.policy.discount > 0):
+        yield _calls(setting, "training", "cp", "all_gather", passes, 3 * _FP32 * pack.tokens)
 
 
 def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:

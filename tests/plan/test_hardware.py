@@ -16,6 +16,7 @@ peak: {bf16: 100, fp32: 30}
 achieved: 0.5
 memory_bandwidth: 900
 memory_achieved: 0.7
+host_bandwidth: 20
 launch: 5
 devices_per_node: 2
 within_node: {bandwidth: 20, latency: 10}

@@ -17,6 +17,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "TP2": {"parallel__tensor": 2, "precision": "fp32", "training__recompute": "selective"},
     "TP2 SP": SP,
     "PP2": {"parallel__pipeline": 2, "training__microbatch_tokens": 256},
+    "CP2": {"parallel__context": 2},
     "DP2": {"parallel__data": 2, "objective__head_chunk": 64},
     "DP2, not distributed": {"parallel__data": 2, "optimizer__distributed": False, "optimizer__name": "sgd"},
 }
@@ -31,7 +32,9 @@ def test_training(gloo: GlooPools, tmp_path_factory: pytest.TempPathFactory, nam
     for stage in range(planned.parallel.pipeline):
         predicted = training_parts(stage_memory(setting, stage))
         fullest = max((one for one in ranks if one.stage == stage), key=lambda one: one.total)
-        exact = ("weights", "gradients", "teacher", "payload")
+        exact = ["weights", "gradients", "teacher"]
+        if planned.parallel.context == 1:  # whose zigzag shares have a loss token more or less
+            exact.append("payload")
         assert {part: predicted[part] for part in exact} == {part: getattr(fullest, part) for part in exact}
         assert predicted["state"] == max(one.state for one in ranks if one.stage == stage)
         assert sum(predicted.values()) == pytest.approx(fullest.total, rel=0.1)

@@ -45,6 +45,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {  # overrides of `config_of`
     "TP2": {"parallel.tensor": 2},
     "TP2 SP": {"parallel.tensor": 2, "parallel.sequence_parallel": True},
     "PP2": {"parallel.pipeline": 2},
+    "CP2": {"parallel.context": 2},
     "DP2, distributed optimizer": {"parallel.data": 2},
 }
 
@@ -167,7 +168,8 @@ class Built:
             alignment=layout.segment_alignment,
             count_multiple=layout.microbatch_multiple,
         )
-        return cls(setting, student, head, packed[groups.dp.rank()], UpdateScale.of(packed))
+        mine = [one.shard(groups.cp.rank(), groups.cp.size()) for one in packed[groups.dp.rank()]]
+        return cls(setting, student, head, mine, UpdateScale.of(packed))
 
     def scored(self) -> Update:
         """The update with its payload."""
