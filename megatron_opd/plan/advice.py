@@ -91,16 +91,18 @@ def changed(config: Config, changes: Changes) -> Config:
 def _changes(plan: Plan) -> Iterator[Changes]:
     """Neighbours of the configuration: every knob of memory and time one notch up and down."""
     config, layout, work = plan.setting.config, plan.setting.layout, plan.setting.workload
-    for policy in {"none", "selective", "full"} - {config.training.recompute}:
-        yield {"training.recompute": policy}
-    for chunk in {None, 1024, 4096} - {config.objective.head_chunk}:
-        yield {"objective.head_chunk": chunk}
-    for batch in {max(1, work.decoded_together // 2), min(2 * work.decoded_together, work.generated)}:
-        if batch != work.decoded_together:
+    for policy in ("none", "selective", "full"):
+        if policy != config.training.recompute:
+            yield {"training.recompute": policy}
+    for chunk in (None, 1024, 4096):
+        if chunk != config.objective.head_chunk:
+            yield {"objective.head_chunk": chunk}
+    for batch in (work.decoded_together // 2, min(2 * work.decoded_together, work.generated)):
+        if 0 < batch != work.decoded_together:
             yield {"rollout.max_batch": batch}
     budget, segment = config.training.microbatch_tokens, layout.segment_alignment
     least = -(-(work.prompt + work.response) // segment) * segment
-    for tokens in {least, 2 * budget, max(least, budget // 2 // segment * segment)} - {budget}:
+    for tokens in sorted({least, 2 * budget, max(least, budget // 2 // segment * segment)} - {budget}):
         yield {"training.microbatch_tokens": tokens}
     if plan.setting.distributed_optimizer is False and config.optimizer.name == "adam":
         yield {"optimizer.distributed": True}
@@ -115,8 +117,7 @@ def _layouts(plan: Plan) -> Iterator[Changes]:
     for power in range(layout.world_size.bit_length()):
         if 2**power != layout.expert:
             yield {"parallel.expert": 2**power}
-    for virtual in {1, 2} - {layout.virtual_pipeline}:
-        yield {"parallel.virtual_pipeline": virtual}
+    yield {"parallel.virtual_pipeline": 2 if layout.virtual_pipeline == 1 else 1}
     for name in ("tensor", "pipeline", "context"):
         for size in (2 * getattr(layout, name), getattr(layout, name) // 2):
             sizes = {

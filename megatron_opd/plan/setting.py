@@ -39,7 +39,7 @@ class Workload:
     sequences: int  # that a training replica learns from
     updates: int  # optimizer updates
     microbatches: int  # of an update
-    pack: Pack  # the microbatches, as many tokens as they have
+    pack: Pack  # the mean of the microbatches
     fullest: Pack  # a microbatch filled to its budget, which the memory is planned for
 
     @classmethod
@@ -57,10 +57,11 @@ class Workload:
         alignment = layout.segment_alignment
         length = -(-(prompt + response - 1) // alignment) * alignment
         of_update = -(-sequences // training.updates_per_rollout)
-        fitting = min(max(1, training.microbatch_tokens // length), of_update)
-        tokens = fitting * length
-        microbatches, multiple = -(-of_update // fitting), layout.microbatch_multiple
-        fullest = min(training.microbatch_tokens, of_update * length)
+        fitting = max(1, training.microbatch_tokens // length)
+        count, multiple = -(-of_update // fitting), layout.microbatch_multiple
+        microbatches = -(-count // multiple) * multiple
+        total = of_update * length
+        fullest = min(training.microbatch_tokens, total)
         return cls(
             prompt=prompt,
             response=response,
@@ -69,8 +70,10 @@ class Workload:
             decoded_together=min(rollout.max_batch or generated, generated),
             sequences=sequences,
             updates=training.updates_per_rollout,
-            microbatches=-(-microbatches // multiple) * multiple,
-            pack=Pack(tokens, fitting * response, tokens, length),
+            microbatches=microbatches,
+            pack=Pack(
+                total // microbatches, of_update * response // microbatches, total // microbatches, length
+            ),
             fullest=Pack(fullest, -(-fullest * response // length), fullest, length),
         )
 

@@ -37,7 +37,7 @@ class Starts:
     expert: int  # each expert that has tokens here
 
 
-FORWARD, BACKWARD, DECODE = Starts(88, 107, 7), Starts(110, 121, 13), Starts(23, 27, 11)
+FORWARD, BACKWARD, DECODE = Starts(88, 107, 7), Starts(118, 128, 15), Starts(23, 27, 11)
 _DRAW = 40  # drawing a token of every sequence
 
 

@@ -72,7 +72,7 @@ def _rollout(setting: Setting, stage: int) -> Iterator[Traffic]:
     token draws from the gathered logits [B, V] and tells the replica (id, log-prob). No CP or EP inside a pass.
     """
     arch, layout, work, c = setting.student, setting.layout, setting.workload, setting.bytes_per_value
-        chunks = chunks_of_stage(arch, layout, stage)
+    chunks = chunks_of_stage(arch, layout, stage)
     weights = stage_parameters(arch, layout, setting.padded_vocab, stage)
     experts = c * sum(p.numel for chunk in weights for p in chunk if p.expert)
     yield _calls(setting, "prompts", "ep", "all_gather", 1, experts * layout.expert)
@@ -223,7 +223,8 @@ def _objective(setting: Setting, passes: float) -> Iterator[Traffic]:
 def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:
     """Once an update: gradients (float32) summed over the ranks with the same weights, and with the distributed
     optimizer reduce-scattered and the new weights gathered; a tied embedding's over the first and last stage; those of
-    norms and routers over TP, where each rank has seen a part of the sequence or of the heads."""
+    norms and routers over TP, where each rank has seen a part of the sequence or of the heads. With experts there are
+    two optimizers, and megatron-core gathers all weights after each."""
     arch, layout, updates = setting.student, setting.layout, setting.workload.updates
     chunks = stage_parameters(arch, layout, setting.padded_vocab, stage)
     distributed = setting.distributed_optimizer
@@ -235,8 +236,8 @@ def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:
                 kind = "reduce_scatter" if distributed else "all_reduce"
                 yield _calls(setting, "optimizer", group, kind, updates, _FP32 * length)
                 if distributed:
-                    value = setting.bytes_per_value
-                    yield _calls(setting, "optimizer", group, "all_gather", updates, value * length)
+                    value, gathers = setting.bytes_per_value, updates * (2 if arch.moe else 1)
+                    yield _calls(setting, "optimizer", group, "all_gather", gathers, value * length)
         shared = sum(parameter.numel for parameter in chunk if parameter.shared_embedding)
         yield _calls(setting, "optimizer", "embd", "all_reduce", updates, _FP32 * shared)
     layers = sum(chunk.layers for chunk in chunks_of_stage(arch, layout, stage))

@@ -76,14 +76,15 @@ class Sizes:
     vocab: int = 4000
     length: int = 128  # tokens of a prompt and of a response
     batch: int = 8
+    experts: int = 0  # of a layer of either model, 2 a token; 0: dense
 
 
 def save_configs(folder: Path, sizes: Sizes) -> None:
     """The config.json of a student and of a wider teacher: all that the plan reads, and all that is needed here."""
     for name, width in (("student", sizes.hidden), ("teacher", 2 * sizes.hidden)):
         (folder / name).mkdir()
-        numbers = {
-            "model_type": "qwen3",
+        numbers: dict[str, Any] = {
+            "model_type": "qwen3_moe" if sizes.experts else "qwen3",
             "hidden_size": width,
             "intermediate_size": 11 * width // 4,
             "num_hidden_layers": sizes.layers,
@@ -94,6 +95,9 @@ def save_configs(folder: Path, sizes: Sizes) -> None:
             "max_position_embeddings": 4 * sizes.length,
             "tie_word_embeddings": name == "student",
         }
+        if sizes.experts:
+            numbers |= {"num_experts": sizes.experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
+            numbers["moe_intermediate_size"] = width
         (folder / name / "config.json").write_text(json.dumps(numbers))
 
 
