@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from megatron_opd.cli_convert import convert
+from megatron_opd.cli_plan import plan
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import end_with_launcher, report_user_error
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 launch = typer.Typer(help="Start a training with all its processes.", no_args_is_help=True)
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
+app.command()(plan)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -83,7 +85,9 @@ def local(
     check_before_start(loaded, processes)
     check_devices(processes)
     outcome = run_workers(
-        ["-m", "megatron_opd.cli", "train", "--", str(config), *(overrides or [])], processes
+        ["-m", "megatron_opd.cli", "train", "--", str(config), *(overrides or [])],
+        processes,
+        if_killed="start the same command again to resume",
     )
     if outcome.message:
         print(f"error: {outcome.message}", file=sys.stderr)
@@ -103,18 +107,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_with_launcher()
     for category in (FutureWarning, UserWarning):  # theirs to mend, and said by every process
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
+    given = list(arguments) if arguments is not None else None
     try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="megatron-opd")
+        code = app(args=given, prog_name="megatron-opd", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        if error.format_message():  # else there were no arguments at all, and the help is printed
+            report_user_error(_usage_error(error))
+        sys.exit(2)
     except UserError as error:
         report_user_error(error)
         sys.exit(2)
-    except SystemExit as end:
-        if end.code == 130 and "RANK" not in os.environ:  # Ctrl-C, as typer tells it
-            print(
-                "interrupted: start the same command again; a training goes on from its last checkpoint",
-                file=sys.stderr,
-            )
-        raise
+    if code == 130 and "RANK" not in os.environ:  # Ctrl-C, as typer tells it
+        print(
+            "interrupted: start the same command again; a training goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+    sys.exit(code)
+
+
+def _usage_error(error: typer.TyperException) -> UserError:
+    """What typer says of a command line that it does not understand, in one line of our style."""
+    message = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
+    near = getattr(error, "possibilities", None)
+    if near:
+        message = f"no such option: {error.option_name}; did you mean {near[0]}?"  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "megatron-opd"
+    return UserError(f"{message[0].lower()}{message[1:]} (see {command} --help)")
 
 
 if __name__ == "__main__":

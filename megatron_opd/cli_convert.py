@@ -13,7 +13,8 @@ Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.", s
 Dtype = Annotated[Literal["keep", "bf16", "fp32"], typer.Option(help="What the weights are written in.")]
 Processes = Annotated[int, typer.Option(min=1, help="Processes that share the work.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check SRC, print what would be written, write nothing.")
+    bool,
+    typer.Option("--dry-run", help="Check SRC and DST, print what would be written, write nothing."),
 ]
 Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.", show_default=False)]
 First = Annotated[Path, typer.Argument(metavar="A", help="Model folder.", show_default=False)]
@@ -46,34 +47,50 @@ def _convert(
     processes: int,
     dry_run: bool,
 ) -> None:
-    if processes > 1 and "RANK" not in os.environ and not dry_run:
-        from megatron_opd.checkpoint.folders import tidied
-        from megatron_opd.launch.local import run_workers
-
-        command = ["convert", direction, "--dtype", dtype, "--", str(source), str(target)]
-        with tidied(target):
-            outcome = run_workers(["-m", "megatron_opd.cli", *command], processes)
-        if outcome.message:
-            print(f"error: {outcome.message}", file=sys.stderr)
-        raise typer.Exit(outcome.exit_code)
-
     from megatron_opd.checkpoint import convert
+
+    several = processes > 1 and "RANK" not in os.environ
+    if dry_run or several:  # what is wrong shows before any process is started
+        make_plan = (
+            convert.plan_hf_to_megatron if direction == "hf-to-megatron" else convert.plan_megatron_to_hf
+        )
+        plan = make_plan(source, dtype)
+        convert.check_target(plan, target)
+        if dry_run:
+            print(plan.describe())
+            return
+    if several:
+        _run_processes(
+            ["convert", direction, "--dtype", dtype, "--", str(source), str(target)], processes, target
+        )
+
     from megatron_opd.report.byte_progress import ByteProgress
 
-    if dry_run:
-        plan = convert.plan_hf_to_megatron if direction == "hf-to-megatron" else convert.plan_megatron_to_hf
-        print(plan(source, dtype).describe())
-        return
     run = convert.hf_to_megatron if direction == "hf-to-megatron" else convert.megatron_to_hf
     with convert.launched_group() as group:
         if group is None:
             with ByteProgress(direction) as progress:
                 run(source, target, dtype=dtype, progress=progress)
         elif group.rank() == 0:
-            with ByteProgress(f"{direction}, process 1 of {group.size()}") as progress:
+            with ByteProgress(f"{direction}, {group.size()} processes") as progress:
                 run(source, target, dtype=dtype, group=group, progress=progress)
         else:
             run(source, target, dtype=dtype, group=group)
+
+
+def _run_processes(command: list[str], processes: int, target: Path) -> NoReturn:
+    from megatron_opd.checkpoint.folders import tidied
+    from megatron_opd.launch.local import run_workers
+
+    with tidied(target):
+        outcome = run_workers(
+            ["-m", "megatron_opd.cli", *command],
+            processes,
+            if_killed="nothing was written; start again, with fewer --processes if memory was short",
+        )
+    if outcome.message:
+        print(f"error: {outcome.message}", file=sys.stderr)
+    raise typer.Exit(outcome.exit_code)
 
 
 @convert.command("gguf-to-hf")
@@ -153,8 +170,23 @@ def _fail(message: str) -> NoReturn:
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False)],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Compare a Megatron folder's files with their checksums, which reads them all."
+        ),
+    ] = False,
 ) -> None:
-    """Say what a model folder, Hugging Face or Megatron, holds. Reads headers only."""
-    from megatron_opd.checkpoint.inspection import describe_folder
+    """Say what a model folder, Hugging Face or Megatron, holds.
 
-    print(describe_folder(folder, tensors=tensors))
+    Reads headers; of the numbers only a stored LM head that is tied to the embedding, and what --check asks for.
+    """
+    from megatron_opd.checkpoint.inspection import describe_folder
+    from megatron_opd.report.byte_progress import ByteProgress
+
+    if not check:
+        print(describe_folder(folder, tensors=tensors))
+        return
+    with ByteProgress("checksums") as progress:
+        report = describe_folder(folder, tensors=tensors, check=True, progress=progress)
+    print(report)

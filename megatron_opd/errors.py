@@ -5,6 +5,7 @@ line, without a traceback, and exits with code 2. Anything else that escapes is 
 """
 
 import errno
+from pathlib import Path
 
 _REFUSED = {
     errno.ENOSPC: "no space left on device",
@@ -25,6 +26,14 @@ _REFUSED_IN_WORDS = {
 
 class UserError(Exception):
     """Bad input. The message is one line that names the key or file and says what to do about it."""
+
+
+def check_readable(path: Path) -> None:
+    """Raise UserError for a file that the system does not open; libraries call such a file damaged."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {why_refused(error) or error.strerror}") from None
 
 
 def why_refused(error: BaseException | None) -> str | None:

@@ -1,6 +1,7 @@
 """The checks of a run that need no process group: made before processes start, and again by each of them."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,22 +39,31 @@ class Checked:
 def check_before_start(config: Config, world_size: int) -> Checked:
     """Checks that `config` can run on `world_size` processes.
 
-    Raises UserError for a missing or unsupported model, an objective whose settings do not go together, a
-    layout that does not fit, or a missing prompt file.
+    Raises UserError as `check_models`, for a missing prompt file and for a run directory that is none.
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"run_dir: {config.run_dir} is a file, not a folder")
-    objective = build_objective(config)
-    student = _architecture("student.path", config.student.path)
-    teacher = _architecture("teacher.path", config.teacher.path)
-    reference = _architecture("reference.path", config.reference.path) if config.reference else None
-    parallel = check_layout(config, student, teacher, world_size, reference)
+    checked = check_models(config, world_size)
     for key, path in (
         ("data.prompts", config.data.prompts),
         ("evaluation.prompts", config.evaluation.prompts),
     ):
         if path is not None and not path.exists():
             raise UserError(f"{key}: {path} does not exist")
+    return checked
+
+
+def check_models(config: Config, world_size: int) -> Checked:
+    """Checks what needs no more than the configuration and the models' config.json.
+
+    Raises UserError for a missing or unsupported model, an objective whose settings do not go together, or a
+    layout that does not fit `world_size` processes.
+    """
+    objective = build_objective(config)
+    student = _architecture("student.path", config.student.path)
+    teacher = _architecture("teacher.path", config.teacher.path)
+    reference = _architecture("reference.path", config.reference.path) if config.reference else None
+    parallel = check_layout(config, student, teacher, world_size, reference)
     return Checked(student, teacher, reference, parallel, objective)
 
 
@@ -97,6 +107,21 @@ def _architecture(key: str, folder: Path) -> Architecture:
         return read_architecture(folder)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def check_offload(config: Config) -> None:
+    """Raises UserError when something is to be kept in host memory and this machine cannot, or has nothing else."""
+    cuda = torch.cuda.is_available()
+    models = {"teacher": config.teacher, "reference": config.reference}
+    for role, model in models.items():
+        if model is not None and model.offload and not cuda:
+            raise UserError(
+                f"{role}.offload: without a GPU the weights are in host memory anyway: set it to false"
+            )
+    if config.optimizer.cpu_offload and not (cuda and find_spec("transformer_engine")):
+        raise UserError(
+            "optimizer.cpu_offload: megatron-core's needs a GPU and the package transformer-engine: set it to false"
+        )
 
 
 def check_devices(processes: int) -> None:

@@ -15,6 +15,7 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.training.job import Job, set_up
+from megatron_opd.training.router_metrics import take_router_metrics
 from megatron_opd.training.update import means_over_tokens
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
@@ -76,6 +77,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         "grad_norm": sum(outcome.grad_norm for outcome in outcomes) / len(outcomes),
         "lr": job.student.learning_rate,
         "skipped": sum(not outcome.applied for outcome in outcomes),
+        **take_router_metrics(job.student.chunks, job.groups),
         "rollout_seconds": drawn - began,
         "teacher_seconds": scored - drawn,
         "train_seconds": trained - scored,

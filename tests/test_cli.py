@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.filesize import decimal
 
+from megatron_opd.checkpoint.convert import plan_hf_to_megatron
 from megatron_opd.cli import main
 from megatron_opd.errors import UserError
 from megatron_opd.launch import doctor
@@ -186,9 +188,9 @@ def test_launch_starts_what_the_layout_needs(
 
     started: list[tuple[list[str], int]] = []
 
-    def start(command: list[str], number: int) -> Outcome:
+    def start(command: list[str], number: int, *, if_killed: str) -> Outcome:
         started.append((command, number))
-        return Outcome(1, "rank 1 was killed by SIGKILL: start the same command again to resume")
+        return Outcome(1, f"rank 1 was killed by SIGKILL: {if_killed}")
 
     monkeypatch.setattr("megatron_opd.launch.local.run_workers", start)
     code, out, err = run("launch", "local", config_file, *arguments)
@@ -213,17 +215,51 @@ def test_launch_hands_on_the_mistake_of_its_ranks(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "expected"),
     [
-        ["frobnicate"],
-        ["train"],
-        ["train", "x.yaml", "--no-such-option"],
-        ["launch", "local", "x.yaml", "--nproc", "0"],
+        ("frobnicate", "no such command 'frobnicate' (see megatron-opd --help)"),
+        ("trian", "no such command 'trian'. Did you mean 'train'? (see megatron-opd --help)"),
+        (
+            "convert verifi",
+            "no such command 'verifi'. Did you mean 'verify'? (see megatron-opd convert --help)",
+        ),
+        ("train", "missing argument 'CONFIG' (see megatron-opd train --help)"),
+        ("train x --no-such-option", "no such option: --no-such-option (see megatron-opd train --help)"),
+        ("train x --optimizer.lr=3", "no such option: --optimizer.lr (see megatron-opd train --help)"),
+        (
+            "launch local x --nproc 0",
+            "invalid value for '--nproc': Input should be greater than or equal to 1 "
+            "(see megatron-opd launch local --help)",
+        ),
+        (
+            "launch local x --nprocs 2",
+            "no such option: --nprocs; did you mean --nproc? (see megatron-opd launch",
+        ),
+        ("doctor now", "got unexpected extra argument(s) (now) (see megatron-opd doctor --help)"),
+        (
+            "convert hf-to-megatron a",
+            "missing argument 'DST' (see megatron-opd convert hf-to-megatron --help)",
+        ),
+        (
+            "convert megatron-to-hf a b --dryrun",
+            "no such option: --dryrun; did you mean --dry-run? (see mega",
+        ),
+        ("convert gguf-to-hf a b --dtype fp64", "invalid value for '--dtype': 'fp64' is not one of 'bf16', "),
+        ("convert verify a b --tokens", "option '--tokens' requires an argument (see megatron-opd --help)"),
+        (
+            "convert inspect a --chek",
+            "no such option: --chek; did you mean --check? (see megatron-opd convert ins",
+        ),
     ],
 )
-def test_usage_errors_end_with_2(run: Run, arguments: list[str]) -> None:
-    code, _, err = run(*arguments)
-    assert code == 2 and "Usage:" in err and "Traceback" not in err
+def test_a_misspelt_command_line_is_one_line(run: Run, arguments: str, expected: str) -> None:
+    assert_one_error(run(*arguments.split()), f"error: {expected}")
+
+
+@pytest.mark.parametrize("command", [[], ["convert"], ["launch"]])
+def test_a_command_that_lacks_all_its_words_shows_its_help(run: Run, command: list[str]) -> None:
+    code, out, err = run(*command)
+    assert (code, err) == (2, "") and " ".join(["Usage: megatron-opd", *command]) in out
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +278,48 @@ def test_convert_there_and_back(run: Run, hf_folder: Path, tmp_path: Path) -> No
 
 def test_convert_with_several_processes(run: Run, hf_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "megatron"
-    assert run("convert", "hf-to-megatron", "--processes", "2", "--dtype", "bf16", hf_folder, out)[0] == 0
-    assert len(list((out / "state").glob("*.distcp"))) == 2
+    code, _, err = run("convert", "hf-to-megatron", "--processes", "2", "--dtype", "bf16", hf_folder, out)
+    assert code == 0 and len(list((out / "state").glob("*.distcp"))) == 2
+    whole = decimal(sum(plan_hf_to_megatron(hf_folder, "bf16").sizes))
+    assert err.startswith(f"hf-to-megatron, 2 processes  {whole} of {whole}  ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("extra", [["--dry-run"], ["--processes", "2"]])
+def test_convert_finds_mistakes_before_it_starts_processes(
+    run: Run, hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str]
+) -> None:
+    def start(*_: Any, **__: Any) -> None:
+        pytest.fail("no process should be started")
+
+    monkeypatch.setattr("megatron_opd.launch.local.run_workers", start)
+    command = ["convert", "hf-to-megatron", *extra]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    assert_one_error(run(*command, tmp_path / "no", tmp_path / "out"), "model folder not found")
     assert_one_error(
-        run("convert", "hf-to-megatron", "--processes", "2", hf_folder, out),
-        "megatron exists already: remove it or choose another output folder",
+        run(*command, hf_folder, tmp_path / "there"), "there exists already: remove it or choose"
     )
+    assert_one_error(run(*command, hf_folder, tmp_path / "file" / "out"), f"{tmp_path / 'file'} is a file")
+    back = ["convert", "megatron-to-hf", *extra]
+    assert_one_error(run(*back, hf_folder, tmp_path / "out"), "is not a Megatron folder")
+    full = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr("megatron_opd.checkpoint.folders.shutil.disk_usage", lambda _: full)
+    assert_one_error(run(*command, hf_folder, tmp_path / "out"), "no space left on device (0.00 GB needed")
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "file"}
+
+
+def test_a_killed_conversion_is_not_told_to_resume(
+    run: Run, hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_opd.launch.local import Outcome
+
+    def start(command: list[str], number: int, *, if_killed: str) -> Outcome:
+        return Outcome(1, f"rank 1 was killed by SIGKILL: {if_killed}")
+
+    monkeypatch.setattr("megatron_opd.launch.local.run_workers", start)
+    code, _, err = run("convert", "hf-to-megatron", "--processes", "3", hf_folder, tmp_path / "out")
+    assert code == 1 and "nothing was written; start again, with fewer --processes" in err
+    assert "resume" not in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("extra", [[], ["--processes", "2"]])

@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 
+from megatron_opd import preflight
 from megatron_opd.config.load import load_config
 from megatron_opd.config.presets import PRESETS
 from megatron_opd.config.schema import Config, Section
 from megatron_opd.errors import UserError
 from megatron_opd.objectives import Objective
-from megatron_opd.preflight import build_objective, check_before_start, check_devices
+from megatron_opd.preflight import build_objective, check_before_start, check_devices, check_offload
 from tests.tiny import save_tiny_model
 
 MINIMAL = {
@@ -105,6 +106,33 @@ def test_what_a_check_finds_out(tmp_path: Path) -> None:
         check_before_start(Config.model_validate({**tree, "parallel": {"pipeline": 4}}), 4)
     with pytest.raises(UserError, match=r"^reference\.path: "):
         check_before_start(Config.model_validate({**tree, "reference": {"path": str(tmp_path / "no")}}), 1)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"teacher": {"path": "t", "offload": True}}, r"teacher\.offload: without a GPU .*set it to false"),
+        (
+            {"reference": {"path": "t", "offload": True}},
+            r"reference\.offload: without a GPU .*set it to false",
+        ),
+        (
+            {"optimizer": {"cpu_offload": True}},
+            r"optimizer\.cpu_offload: .*needs a GPU and .*set it to false",
+        ),
+    ],
+)
+def test_offload_needs_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_offload(Config.model_validate(MINIMAL))
+    offloaded = Config.model_validate({**MINIMAL, **sections})
+    with pytest.raises(UserError, match=expected):
+        check_offload(offloaded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    check_offload(offloaded)
 
 
 @pytest.mark.parametrize(("gpus", "processes", "fits"), [(0, 4, True), (4, 4, True), (4, 5, False)])

@@ -127,6 +127,22 @@ def test_the_exported_student_is_the_checkpoint(inputs, tmp_path):
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in exported.items())
 
 
+def test_an_interleaved_pipeline_trains_alike_and_goes_on_in_another_layout(inputs, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    settings = {"evaluation__every": 2}
+    assert run("train", write_config(inputs, one, **settings)).returncode == 0
+    config = write_config(inputs, other, **settings)
+    interleaved = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "training.steps=4")
+    for changes in (interleaved, ("parallel.tensor=2",)):
+        done = run("launch", "local", config, *changes)
+        assert done.returncode == 0, done.stderr
+    assert "resuming at step 4" in done.stdout
+    for row, expected in zip(metrics(other), metrics(one), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    exported, expected = (load_file(run_dir / "hf" / "model.safetensors") for run_dir in (other, one))
+    assert all(torch.allclose(exported[name], tensor, atol=1e-4) for name, tensor in expected.items())
+
+
 def _kill_rank(launcher: subprocess.Popen[str], rank: int) -> None:
     for child in psutil.Process(launcher.pid).children(recursive=True):
         if child.environ().get("RANK") == str(rank) and "megatron_opd.cli" in " ".join(child.cmdline()):

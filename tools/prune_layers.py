@@ -17,23 +17,22 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_opd.checkpoint.folders import written_aside
-from megatron_opd.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE
+from megatron_opd.checkpoint.folders import aside_of, written_together
+from megatron_opd.checkpoint.safetensors_files import DTYPES, FILE_BYTES, SafetensorsFiles, TensorSpec
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture, read_config_json
 
 if TYPE_CHECKING:
+    from megatron_opd.checkpoint.hf_import import HfReader
     from tools.prune_importance import Importance
 
 LAYER_PREFIX = "model.layers."
@@ -108,27 +107,39 @@ def _number_to_drop(layers: int, keep: int, start: int, stop: int) -> int:
     return drop
 
 
-def prune(source: Path, destination: Path, dropped: Sequence[int], widths: Sequence[Width] = ()) -> None:
+def prune(
+    source: Path,
+    destination: Path,
+    dropped: Sequence[int],
+    widths: Sequence[Width] = (),
+    *,
+    file_bytes: int = FILE_BYTES,
+) -> None:
     """Copy the HF folder without the decoder layers `dropped` (0-based), numbering the others anew, and with only
     the parts of the others that `widths` keep.
 
-    Peak memory: one safetensors file. Raises UserError for a source that is no complete HF folder of a supported
-    model or lacks a layer that is to be dropped, and when the destination exists or cannot be written.
+    Held in memory: the largest tensor and what is kept of it. Raises UserError for a source that is no complete HF
+    folder of a supported model or lacks a layer that is to be dropped, and when the destination exists or cannot be
+    written.
     """
     config = read_config(source)
-    files, index = _checked_files(source)
+    reader = _checked_reader(source)
     kept = kept_layers(source, config["num_hidden_layers"], dropped)
-    copy = _Copy({old: new for new, old in enumerate(kept)}, widths, config)
-    with written_aside(destination) as aside:
+    parts = _parts(reader.names, kept, widths)
+    specs = [
+        TensorSpec(name, part.shape(reader, config), DTYPES[reader.dtype(part.name)])
+        for name, part in parts.items()
+    ]
+    files = SafetensorsFiles(aside_of(destination), specs, file_bytes)
+    with written_together(destination, None, files.nbytes) as aside:
         from megatron_opd.checkpoint.weights import copy_model_files
 
-        for file in files:
-            copy.file(file, aside / file.name)
-        if index is not None:
-            content = {"metadata": {"total_size": copy.size}, "weight_map": copy.file_of}
-            _write_json(aside / index, content)
+        files.create()
+        for name, part in parts.items():
+            files.write(name, part.read(reader, config))
         copy_model_files(source, aside)
-        _write_json(aside / "config.json", pruned_config(config, kept, widths))
+        text = json.dumps(pruned_config(config, kept, widths), indent=2)
+        (aside / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def kept_layers(source: Path, layers: int, dropped: Sequence[int]) -> list[int]:
@@ -172,57 +183,56 @@ def number_of(kind: str, config: dict) -> int:
     return config.get(kind) or config["num_attention_heads"]
 
 
-def _checked_files(source: Path) -> tuple[list[Path], str | None]:
-    """The weight files, and the name of their index if there is one, after a look at their headers: they hold
-    exactly the tensors that config.json calls for."""
+def _checked_reader(source: Path) -> "HfReader":
+    """The weights, after a look at their headers: they are exactly the tensors that config.json calls for."""
     with warnings.catch_warnings():
         # megatron-core says on import which optional GPU packages it lacks.
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         from megatron_opd.checkpoint.hf_import import HfReader, check_hf_weights
-    check_hf_weights(HfReader(source), read_architecture(source))
-    if not (source / INDEX_FILE).is_file():
-        return [source / SINGLE_FILE], None
-    names = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
-    return [source / name for name in sorted(set(names))], INDEX_FILE
+    reader = HfReader(source)
+    check_hf_weights(reader, read_architecture(source))
+    return reader
 
 
-@dataclass
-class _Copy:
-    """Copies file by file and remembers where the tensors went."""
+@dataclass(frozen=True)
+class _Part:
+    """What stays of a tensor of the source: all of it, or `kept` of what `kind` says it consists of along `dim`."""
 
-    new_number: Mapping[int, int]  # of each kept layer
-    widths: Sequence[Width]
-    config: dict
-    file_of: dict[str, str] = field(default_factory=dict)
-    size: int = 0  # bytes of all tensors
+    name: str
+    kind: str = ""
+    dim: int = 0
+    kept: Tensor | None = None
 
-    def file(self, source: Path, destination: Path) -> None:
-        tensors: dict[str, Tensor] = {}
-        with safe_open(source, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (a safe_open handle is not iterable)
-                if not name.startswith(LAYER_PREFIX):
-                    tensors[name] = file.get_tensor(name)
-                    continue
-                number, part = name.removeprefix(LAYER_PREFIX).split(".", 1)
-                if int(number) in self.new_number:
-                    new_name = f"{LAYER_PREFIX}{self.new_number[int(number)]}.{part}"
-                    tensors[new_name] = self._narrowed(file.get_tensor(name), int(number), part)
-        if tensors:
-            save_file(tensors, destination, metadata={"format": "pt"})
-        self.file_of |= dict.fromkeys(tensors, destination.name)
-        self.size += sum(tensor.nbytes for tensor in tensors.values())
+    def shape(self, reader: "HfReader", config: dict) -> tuple[int, ...]:
+        shape = list(reader.shape(self.name))
+        if self.kept is not None:
+            shape[self.dim] = shape[self.dim] // number_of(self.kind, config) * len(self.kept)
+        return tuple(shape)
 
-    def _narrowed(self, tensor: Tensor, layer: int, part: str) -> Tensor:
-        kind, dim = CUT.get(part.rpartition(".")[0], ("", 0))
-        for width in self.widths:
-            if width.kind == kind:
-                parts = tensor.unflatten(dim, (number_of(kind, self.config), -1))
-                return parts.index_select(dim, width.kept[layer]).flatten(dim, dim + 1)
-        return tensor
+    def read(self, reader: "HfReader", config: dict) -> Tensor:
+        tensor = reader.read(self.name, 0, 0, reader.shape(self.name)[0])
+        if self.kept is None:
+            return tensor
+        parts = tensor.unflatten(self.dim, (number_of(self.kind, config), -1))
+        return parts.index_select(self.dim, self.kept).flatten(self.dim, self.dim + 1)
 
 
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _parts(names: Iterable[str], kept: Sequence[int], widths: Sequence[Width]) -> dict[str, _Part]:
+    """New name -> what stays, for every tensor that does; a layer's rotary frequencies, which old exports saved, go."""
+    new_number = {old: new for new, old in enumerate(kept)}
+    parts = {}
+    for name in sorted(names):
+        if not name.startswith(LAYER_PREFIX):
+            parts[name] = _Part(name)
+            continue
+        number, rest = name.removeprefix(LAYER_PREFIX).split(".", 1)
+        if int(number) not in new_number or rest.endswith("rotary_emb.inv_freq"):
+            continue
+        kind, dim = CUT.get(rest.rpartition(".")[0], ("", 0))
+        width = next((width for width in widths if width.kind == kind), None)
+        part = _Part(name) if width is None else _Part(name, kind, dim, width.kept[int(number)])
+        parts[f"{LAYER_PREFIX}{new_number[int(number)]}.{rest}"] = part
+    return parts
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,8 @@
 - `convert`: Hugging Face folder <-> Megatron folder, in `pieces` that are moved one by one.
 - `state_read`, `state_write`: megatron-core's checkpoint format, tensor by tensor.
 - `safetensors_files`: safetensors files, tensor by tensor.
+- `checksums`: of a Megatron folder's files, recorded and compared.
+- `shared_count`: what the processes of a conversion have moved together.
 - `store`: a run's checkpoints, saved atomically and resumed.
 - `folders`: how a new folder comes into being: written aside, then published.
 

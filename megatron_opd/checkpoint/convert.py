@@ -1,24 +1,31 @@
 """Hugging Face folder -> Megatron folder and back, piece by piece: no model is built, none is ever in memory.
 
-Both directions make a plan first, which reads headers only and finds every mistake in the source that can be found
-without the numbers, then move one piece after the other. Several processes share the pieces by bytes.
+Both directions make a plan first, from headers, which finds every mistake in the source that shows there, then move one
+piece after the other. Several processes share the pieces by bytes.
+
+A Megatron folder knows nothing of layouts: layers and experts have their numbers in the whole model and shards their
+places in the whole tensor, so any tensor, pipeline (interleaved too) and expert parallelism writes and reads the same.
 """
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from megatron_opd.checkpoint.folders import alike, aside_of, written_together
+from megatron_opd.checkpoint.checksums import StateChecksums, write_checksums
+from megatron_opd.checkpoint.folders import alike, aside_of, check_new_folder, written_together
 from megatron_opd.checkpoint.hf_families import shard_from_hf
 from megatron_opd.checkpoint.hf_import import HfReader, check_hf_weights
-from megatron_opd.checkpoint.pieces import Piece, Plan, empty_objects, model_pieces
-from megatron_opd.checkpoint.safetensors_files import DTYPES, SafetensorsFiles, TensorSpec
+from megatron_opd.checkpoint.pieces import Piece, Plan, dtype_name, empty_objects, model_pieces
+from megatron_opd.checkpoint.safetensors_files import DTYPES, SafetensorsFiles
+from megatron_opd.checkpoint.shared_count import Progress, SharedCount
 from megatron_opd.checkpoint.state_read import StateReader, StoredTensor
 from megatron_opd.checkpoint.state_write import Block, start_state, write_state
 from megatron_opd.checkpoint.weights import (
@@ -26,15 +33,13 @@ from megatron_opd.checkpoint.weights import (
     copy_model_files,
     copy_tokenizer_files,
     is_megatron_folder,
+    tokenizer_files,
     write_config,
 )
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
 
 DtypeChoice = Literal["keep", "bf16", "fp32"]
-Progress = Callable[[int, int], object]
-"""`progress(done, total)`: bytes of this process's share."""
-
 _CHOSEN = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
 
@@ -53,32 +58,34 @@ def hf_to_megatron(
     dtypes where it changes, and 64 MiB.
 
     Raises UserError, with nothing left behind, for anything wrong with `source`, and when `target` exists, does not
-    fit on the disk or cannot be written. Collective over `group` (None: this process alone): `written_together` and
-    `write_state`.
+    fit on the disk or cannot be written. Collective over `group` (None: this process alone): `written_together`, 2
+    object all-gathers and `write_state`.
     """
     plan = plan_hf_to_megatron(source, dtype)
-    mine = plan.share(group)
-    count = _counted(progress, sum(plan.sizes[index] for index in mine))
-    reader = plan.reader
-    assert isinstance(reader, HfReader)
+    mine, first = plan.share(group), group is None or group.rank() == 0
+    count = SharedCount(sum(plan.sizes), group, progress)
 
     def make(index: int) -> torch.Tensor:
-        piece, piece_dtype = plan.pieces[mine[index]], plan.dtypes[mine[index]]
-        whole = {"tp_rank": 0, "tp_size": 1, "padded_vocab_size": plan.arch.padded_vocab_size(1)}
-        tensor = shard_from_hf(piece.weight, plan.arch, reader.read, **whole).to(piece_dtype)
-        count(tensor.nbytes)
-        return tensor.view(piece.sizes)
+        tensor = _stored(plan, mine[index])
+        count.add(tensor.nbytes)
+        return tensor
 
     with written_together(target, group, sum(plan.sizes)) as aside:
-        first = group is None or group.rank() == 0
         with alike(group):
             if first:
+                if plan.note:
+                    print(plan.note, file=sys.stderr)
                 copy_model_files(source, aside)
                 if dtype != "keep":
                     write_config(source, aside, _CHOSEN[dtype])
                 start_state(aside / STATE)
         blocks = [_block(plan.pieces[index], plan.dtypes[index]) for index in mine]
-        write_state(aside / STATE, blocks, empty_objects(plan.arch) if first else [], make, group)
+        objects = empty_objects(plan.arch) if first else []
+        checksums = write_state(aside / STATE, blocks, objects, make, group)
+        with alike(group):
+            if first:
+                write_checksums(aside, (aside / STATE).iterdir(), checksums)
+    count.finish()
 
 
 def megatron_to_hf(
@@ -92,51 +99,61 @@ def megatron_to_hf(
     """Write a Megatron folder (a converted model or a checkpoint of a run) as a Hugging Face folder `target`.
 
     The weights keep the dtype they have in `source` unless `dtype` says otherwise. Each process holds the largest
-    tensor once, or the fused query-key-value parameter of a layer twice, and 64 MiB.
+    tensor once, or the fused query-key-value parameter of a layer twice, and 64 MiB. First of all the files in `source`
+    are compared with their checksums, which reads them once more; `progress` counts that too.
 
     Raises UserError, with nothing left behind, for anything wrong with `source`, and when `target` exists, does not
-    fit on the disk or cannot be written. Collective over `group` (None: this process alone): `written_together` and 1
-    object all-gather.
+    fit on the disk or cannot be written. Collective over `group` (None: this process alone): `written_together` and 2
+    object all-gathers.
     """
     plan = plan_megatron_to_hf(source, dtype)
-    mine = plan.share(group)
-    count = _counted(progress, sum(plan.sizes[index] for index in mine))
-    specs = [
-        TensorSpec(name, shape, piece_dtype)
-        for piece, piece_dtype in zip(plan.pieces, plan.dtypes, strict=True)
-        for name, shape in piece.hf.items()
-    ]
-    files = SafetensorsFiles(aside_of(target), specs)
+    recorded = StateChecksums(source / STATE)
+    count = SharedCount(recorded.nbytes + sum(plan.sizes), group, progress)
+    files = SafetensorsFiles(aside_of(target), plan.specs)
     with written_together(target, group, files.nbytes) as aside:
+        with alike(group):
+            recorded.check(group, count.add)
         with alike(group):
             if group is None or group.rank() == 0:
                 write_config(source, aside, plan.dtypes[0])
                 copy_tokenizer_files(source, aside)
                 files.create()
-        for index in mine:
+        for index in plan.share(group):
             piece = plan.pieces[index]
             for name, tensor in zip(piece.hf, plan.read(piece), strict=True):
                 files.write(name, tensor)
-            count(plan.sizes[index])
+            count.add(plan.sizes[index])
+    count.finish()
+
+
+def check_target(plan: Plan, target: Path) -> None:
+    """Raise UserError when the planned conversion cannot write `target`: it exists, or the disk has no room for it."""
+    to_hf = isinstance(plan.reader, StateReader)
+    needed = SafetensorsFiles(aside_of(target), plan.specs).nbytes if to_hf else sum(plan.sizes)
+    check_new_folder(target, needed)
 
 
 def plan_hf_to_megatron(source: Path, dtype: DtypeChoice = "keep") -> Plan:
-    """Check the Hugging Face folder `source`, headers only, and say what a conversion of it moves.
+    """Check the Hugging Face folder `source` and say what a conversion of it moves.
 
-    Raises UserError for the first mistake in it.
+    Reads headers only, unless the folder stores the LM head beside the embedding that it is tied to: those two are
+    compared. Raises UserError for the first mistake in it.
     """
     arch = read_architecture(source)
     if is_megatron_folder(source):
         raise UserError(f"{source} is a Megatron folder already")
     reader = HfReader(source)
     check_hf_weights(reader, arch)
+    tokenizer_files(source)
     pieces = model_pieces(arch)
-    kept: dict[str, torch.dtype] = {}  # a stored tensor, with all its layers, has one dtype
+    found: dict[str, set[torch.dtype]] = {}  # a stored tensor, with all its layers, has one dtype
     for piece in pieces:
-        for name in piece.hf:
-            found = DTYPES[reader.dtype(name)]
-            kept[piece.key] = torch.promote_types(kept.get(piece.key, found), found)
-    return Plan(source, reader, arch, pieces, [_CHOSEN.get(dtype, kept[piece.key]) for piece in pieces])
+        found.setdefault(piece.key, set()).update(DTYPES[reader.dtype(name)] for name in piece.hf)
+    kept = {key: reduce(torch.promote_types, dtypes) for key, dtypes in found.items()}
+    mixed = {key: dtypes for key, dtypes in found.items() if len(dtypes) > 1 and dtype == "keep"}
+    return Plan(
+        source, reader, arch, pieces, [_CHOSEN.get(dtype, kept[piece.key]) for piece in pieces], mixed
+    )
 
 
 def plan_megatron_to_hf(source: Path, dtype: DtypeChoice = "keep") -> Plan:
@@ -147,6 +164,7 @@ def plan_megatron_to_hf(source: Path, dtype: DtypeChoice = "keep") -> Plan:
     arch = read_architecture(source)
     if not is_megatron_folder(source):
         raise UserError(f"{source} is not a Megatron folder: it has no {STATE}/")
+    tokenizer_files(source)
     reader = StateReader(source / STATE)
     found = reader.tensors
     pieces = model_pieces(arch)
@@ -178,6 +196,15 @@ def launched_group() -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group()
 
 
+def _stored(plan: Plan, index: int) -> torch.Tensor:
+    """The numbers of a piece of a Hugging Face folder as the Megatron folder holds them."""
+    assert isinstance(plan.reader, HfReader)
+    piece, whole = plan.pieces[index], {"tp_rank": 0, "tp_size": 1}
+    padded = plan.arch.padded_vocab_size(1)
+    tensor = shard_from_hf(piece.weight, plan.arch, plan.reader.read, **whole, padded_vocab_size=padded)
+    return tensor.to(plan.dtypes[index]).view(piece.sizes)
+
+
 def _block(piece: Piece, dtype: torch.dtype) -> Block:
     return Block(piece.key, piece.global_shape, dtype, piece.offsets, piece.sizes)
 
@@ -190,17 +217,6 @@ def _check_stored(piece: Piece, found: StoredTensor | None, state: Path) -> None
     if shape != implied and not padded:
         raise UserError(f"{state}: {piece.key} has shape {list(shape)}, config.json implies {list(implied)}")
     if found.dtype not in DTYPES.values():
-        name = str(found.dtype).removeprefix("torch.")
-        raise UserError(f"{state}: {piece.key} is stored as {name}, not in fp32, bf16 or fp16")
-
-
-def _counted(progress: Progress | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
-    return count
+        raise UserError(
+            f"{state}: {piece.key} is stored as {dtype_name(found.dtype)}, not in fp32, bf16 or fp16"
+        )

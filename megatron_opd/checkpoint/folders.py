@@ -3,6 +3,7 @@
 Several processes can write one folder together; what goes wrong on one of them is raised on all.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -42,10 +43,14 @@ def aside_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.incomplete")
 
 
+def _lock_of(aside: Path) -> Path:
+    return aside.with_suffix(".lock")
+
+
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
     """Keeps other processes from writing `folder` meanwhile. Raises UserError when one does."""
-    path = aside_of(folder).with_suffix(".lock")
+    path = _lock_of(aside_of(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         try:
@@ -68,25 +73,46 @@ def written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     the disk is full or cannot be written. Then, as after any other error, nothing new is left behind. What a
     killed process left aside is cleared away first.
     """
-    if os.path.lexists(folder) and not replace:
-        raise UserError(f"{folder} exists already: remove it or choose another output folder")
+    if not replace:
+        _check_absent(folder)
     aside = aside_of(folder)
+    with _refusals_named(folder), _only_writer(folder):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            yield aside
+            if folder.exists():
+                shutil.rmtree(folder)
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _refusals_named(folder: Path) -> Iterator[None]:
+    """What the file system refuses inside becomes a UserError naming it: `folder`, or a file that was to be read."""
     try:
-        with _only_writer(folder):
-            try:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir()
-                yield aside
-                if folder.exists():
-                    shutil.rmtree(folder)
-                aside.rename(folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    except BaseException as error:
-        reason = None if isinstance(error, UserError) else why_refused(error)
-        if reason is not None:
-            raise UserError(f"cannot write {folder}: {reason}; nothing was left there") from error
+        yield
+    except UserError:
         raise
+    except BaseException as error:
+        reason = why_refused(error)
+        if reason is None:
+            raise
+        source = _unreadable(error, aside_of(folder))
+        if source is not None:
+            raise UserError(f"cannot read {source}: {reason}") from error
+        raise UserError(f"cannot write {folder}: {reason}; nothing was left there") from error
+
+
+def _unreadable(error: BaseException, aside: Path) -> Path | None:
+    """The file that the system names as refused, unless it is part of what is being written to `aside`."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of copies the system names both files
+    if not isinstance(error, OSError) or error.errno in full or not isinstance(error.filename, str | Path):
+        return None
+    path = Path(os.path.abspath(error.filename))
+    written = path.is_relative_to(aside) or aside.is_relative_to(path) or path == _lock_of(aside)
+    return None if written else path
 
 
 @contextmanager
@@ -113,9 +139,9 @@ def written_together(folder: Path, group: dist.ProcessGroup | None, needed_bytes
     publishing = ExitStack()
     with alike(group):
         if group is None or group.rank() == 0:
-            _check_space(folder, needed_bytes)
+            check_new_folder(folder, needed_bytes)
             publishing.enter_context(written_aside(folder))
-    with alike(group), publishing, alike(group):
+    with alike(group), publishing, alike(group), _refusals_named(folder):
         yield aside
 
 
@@ -144,9 +170,20 @@ def alike(group: dist.ProcessGroup | None) -> Iterator[None]:
         raise error
 
 
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    existing = next(path for path in folder.absolute().parents if path.exists())
+def check_new_folder(folder: Path, needed_bytes: int) -> None:
+    """Raise UserError for a folder that cannot be made: it exists, may not be written, or has no room for the bytes."""
+    _check_absent(folder)
+    existing = next(path for path in aside_of(folder).parents if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {folder}: permission denied")
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:
         sizes = f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
         raise UserError(f"cannot write {folder}: no space left on device ({sizes}); nothing was left there")
+
+
+def _check_absent(folder: Path) -> None:
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} exists already: remove it or choose another output folder")

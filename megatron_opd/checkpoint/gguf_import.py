@@ -20,7 +20,7 @@ from megatron_opd.checkpoint.folders import aside_of, written_together
 from megatron_opd.checkpoint.gguf_config import GgufMetadata, read_gguf_config, token_ids
 from megatron_opd.checkpoint.hf_families import hf_shapes, model_weights
 from megatron_opd.checkpoint.safetensors_files import FILE_BYTES, SafetensorsFiles, TensorSpec
-from megatron_opd.errors import UserError
+from megatron_opd.errors import UserError, check_readable
 from megatron_opd.models.architecture import Architecture, read_architecture
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def _open(path: Path) -> "gguf.GGUFReader":
         ) from None
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    check_readable(path)
     try:
         return gguf.GGUFReader(str(path))
     except (

@@ -20,7 +20,7 @@ from megatron_opd.checkpoint.hf_families import (
     stage_parameters,
 )
 from megatron_opd.checkpoint.safetensors_files import DTYPES, INDEX_FILE, SINGLE_FILE
-from megatron_opd.errors import UserError
+from megatron_opd.errors import UserError, check_readable
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.families.rows import EMBEDDING, LM_HEAD
 from megatron_opd.models.gpt import GPT
@@ -99,6 +99,10 @@ class HfReader:
         """The tensor's dtype in safetensors' spelling: "F32", "BF16", "F16", ..."""
         return str(self._slice(name).get_dtype())
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(self._slice(name).get_shape())
+
     def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: set[str]) -> None:
         """Compare names and shapes with what the architecture needs; reads headers only.
 
@@ -108,7 +112,7 @@ class HfReader:
         for name, shape in expected.items():
             if name not in self._file_of:
                 raise UserError(f"{self.folder} lacks the tensor {name} that its config.json calls for")
-            where, found, dtype = self._file_of[name], tuple(self._slice(name).get_shape()), self.dtype(name)
+            where, found, dtype = self._file_of[name], self.shape(name), self.dtype(name)
             if found != shape:
                 raise UserError(f"{where}: {name} has shape {list(found)}, config.json implies {list(shape)}")
             if dtype not in DTYPES:
@@ -151,6 +155,7 @@ def _check_tied(reader: HfReader, vocab_size: int, rows_at_once: int = 4096) -> 
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"weight file missing: {path}")
+    check_readable(path)
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -159,6 +164,7 @@ def _open(path: Path) -> Any:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
+        check_readable(path)
         weight_map = dict(json.loads(path.read_text())["weight_map"])
         if not all(isinstance(file_name, str) for file_name in weight_map.values()):
             raise ValueError("a file name that is no text")

@@ -1,4 +1,8 @@
-"""What a model folder holds, as text: reads config.json, headers and metadata, never the numbers."""
+"""What a model folder holds, as text, from config.json, headers and metadata.
+
+Numbers are read in two cases: when the checksums of a Megatron folder are to be compared, and when a Hugging Face
+folder stores the LM head beside the embedding that it is tied to, which have to be equal.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_opd.checkpoint.checksums import StateChecksums
 from megatron_opd.checkpoint.hf_import import HfReader
-from megatron_opd.checkpoint.pieces import Piece, Plan
+from megatron_opd.checkpoint.pieces import Piece, Plan, dtype_name
 from megatron_opd.checkpoint.safetensors_files import DTYPES
+from megatron_opd.checkpoint.shared_count import Progress, SharedCount
 from megatron_opd.checkpoint.state_read import StateReader, StoredTensor
 from megatron_opd.checkpoint.verify import checked_plan
 from megatron_opd.checkpoint.weights import STATE
@@ -18,10 +24,13 @@ from megatron_opd.models.architecture import Architecture
 Rows = list[tuple[str, ...]]
 
 
-def describe_folder(folder: Path, *, tensors: bool = False) -> str:
+def describe_folder(
+    folder: Path, *, tensors: bool = False, check: bool = False, progress: Progress | None = None
+) -> str:
     """A report on a Hugging Face or Megatron folder; with `tensors` every tensor in it, the optimizer's too.
 
-    Raises UserError for whatever a conversion of the folder would refuse.
+    With `check` the files of a Megatron folder are read and compared with their checksums; `progress(done, total)` is
+    called with bytes. Raises UserError for whatever a conversion of the folder would refuse.
     """
     plan = checked_plan(folder)
     megatron = isinstance(plan.reader, StateReader)
@@ -36,6 +45,8 @@ def describe_folder(folder: Path, *, tensors: bool = False) -> str:
     if megatron:
         rows.append(("optimizer", _summary(beside.values()) if beside else "none"))
     rows += _file_rows(folder)
+    if megatron:
+        rows.append(("checksums", _checksums(folder, check, progress)))
     rows.append(("tokenizer", _tokenizer(folder)))
     report = _aligned(rows)
     if not tensors and not megatron:
@@ -96,7 +107,9 @@ def _summary(tensors: Iterable[StoredTensor]) -> str:
     for tensor in tensors:
         counts[tensor.dtype] += 1
         sizes[tensor.dtype] += _nbytes(tensor)
-    return ", ".join(f"{counts[dtype]} tensors in {_name(dtype)} ({_size(sizes[dtype])})" for dtype in sizes)
+    return ", ".join(
+        f"{counts[dtype]} tensors in {dtype_name(dtype)} ({_size(sizes[dtype])})" for dtype in sizes
+    )
 
 
 def _file_rows(folder: Path) -> Rows:
@@ -110,6 +123,18 @@ def _file_rows(folder: Path) -> Rows:
         f"{file.relative_to(folder)} {size:,} bytes" for file, size in zip(files, sizes, strict=True)
     )
     return [("files", f"{total}: {named}")]
+
+
+def _checksums(folder: Path, check: bool, progress: Progress | None) -> str:
+    recorded = StateChecksums(folder / STATE)
+    if not recorded.files:
+        return "none, the folder is of an older version: damaged numbers are not noticed"
+    if not check:
+        return f"of {recorded.files} files, not compared (--check compares them)"
+    count = SharedCount(recorded.nbytes, None, progress)
+    recorded.check(count=count.add)
+    count.finish()
+    return f"of {recorded.files} files, all right"
 
 
 def _tokenizer(folder: Path) -> str:
@@ -130,7 +155,7 @@ def _tokenizer(folder: Path) -> str:
 def _tensor_rows(tensors: dict[str, StoredTensor]) -> Rows:
     rows: Rows = [("tensor", "shape", "dtype", "bytes")]
     for name, tensor in tensors.items():
-        rows.append((name, str(list(tensor.shape)), _name(tensor.dtype), f"{_nbytes(tensor):,}"))
+        rows.append((name, str(list(tensor.shape)), dtype_name(tensor.dtype), f"{_nbytes(tensor):,}"))
     return rows
 
 
@@ -143,10 +168,6 @@ def _aligned(rows: Rows) -> str:
 
 def _nbytes(tensor: StoredTensor) -> int:
     return tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _size(nbytes: int) -> str:

@@ -6,8 +6,8 @@ stored tensor; a piece is a block of it.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_opd.checkpoint.hf_families import hf_from_shards, hf_shapes, model_weights, stored_at
 from megatron_opd.checkpoint.hf_import import HfReader
+from megatron_opd.checkpoint.safetensors_files import TensorSpec
 from megatron_opd.checkpoint.state_read import StateReader
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.families.rows import Weight
@@ -59,25 +60,58 @@ class Piece:
         (shape,) = self.hf.values()
         return shape
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the block in this dtype."""
-        return dtype.itemsize * torch.Size(self.sizes).numel()
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion moves: the checked source folder, the pieces, and the dtype each is written in."""
+    """What a conversion moves: the checked source folder, the pieces, and the dtype each is written in.
+
+    `mixed` says what dtypes the source has for a stored tensor that gets one dtype because it holds all layers.
+    """
 
     source: Path
     reader: HfReader | StateReader  # of the source, open since the check
     arch: Architecture
     pieces: Sequence[Piece]
     dtypes: Sequence[torch.dtype]
+    mixed: Mapping[str, Collection[torch.dtype]] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each piece as it is written: the vocabulary is padded in a Megatron folder only."""
+        padded = isinstance(self.reader, HfReader)
+        return [piece.sizes if padded else piece.real_sizes for piece in self.pieces]
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of each piece as it is written (or, for a Hugging Face folder, a little less: no padding)."""
-        return [piece.nbytes(dtype) for piece, dtype in zip(self.pieces, self.dtypes, strict=True)]
+        """Bytes of each piece as it is written."""
+        return [
+            dtype.itemsize * torch.Size(shape).numel()
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The Hugging Face tensors of all pieces."""
+        return [
+            TensorSpec(name, shape, dtype)
+            for piece, dtype in zip(self.pieces, self.dtypes, strict=True)
+            for name, shape in piece.hf.items()
+        ]
+
+    @property
+    def note(self) -> str | None:
+        """One line on the tensors whose layers have different dtypes in the source; None where there are none."""
+        if not self.mixed:
+            return None
+        dtypes = {piece.key: dtype for piece, dtype in zip(self.pieces, self.dtypes, strict=True)}
+        changes = [
+            f"{key} ({', '.join(sorted(map(dtype_name, found)))} -> {dtype_name(dtypes[key])})"
+            for key, found in self.mixed.items()
+        ]
+        return (
+            "note: a stored tensor holds all its layers in one dtype, here the one that changes no number: "
+            + ", ".join(changes)
+        )
 
     def share(self, group: dist.ProcessGroup | None) -> list[int]:
         """Indices of the pieces that this process of the group moves (None: all of them)."""
@@ -92,16 +126,18 @@ class Plan:
         return hf_from_shards(piece.weight, self.arch, [block.flatten(0, piece.stacked)])
 
     def describe(self) -> str:
-        """The plan as text: a line a piece (megatron's name, shape, dtype, bytes, Hugging Face names) and the total."""
+        """The plan as text: a line a piece (megatron's name, shape, dtype, bytes, Hugging Face names), note, total."""
         rows = [
             (
                 piece.name,
-                str(list(piece.own_sizes)),
-                str(dtype).removeprefix("torch."),
+                str(list(shape[piece.stacked :])),
+                dtype_name(dtype),
                 f"{size:,}",
                 " + ".join(piece.hf),
             )
-            for piece, dtype, size in zip(self.pieces, self.dtypes, self.sizes, strict=True)
+            for piece, shape, dtype, size in zip(
+                self.pieces, self.shapes, self.dtypes, self.sizes, strict=True
+            )
         ]
         rows.insert(0, ("megatron", "shape", "dtype", "bytes", "Hugging Face"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -116,7 +152,14 @@ class Plan:
             for row in rows
         ]
         tensors = sum(len(piece.hf) for piece in self.pieces)
+        if self.note:
+            lines.append(self.note)
         return "\n".join([*lines, f"total: {tensors:,} Hugging Face tensors, {sum(self.sizes):,} bytes"])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as config.json spells it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def shares(sizes: Sequence[int], count: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ import io
 import os
 import pathlib
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_opd.errors import UserError
+from megatron_opd.errors import UserError, check_readable
 
 _BLOCK_BYTES = 16 * 2**20  # read at once where rows of the file are not rows of the result
 
@@ -76,8 +77,8 @@ def read_metadata(state: Path) -> Metadata:
         raise UserError(f"{state} is not a complete checkpoint: it has no metadata.json")
     if config.sharded_backend != "torch_dist":
         raise UserError(f"{state}: format '{config.sharded_backend}' is not supported, only 'torch_dist' is")
-    with _refused_when_broken(state / "common.pt"):
-        torch.load(state / "common.pt", map_location="cpu", weights_only=True)
+    with _refused_when_broken(state / "common.pt"), (state / "common.pt").open("rb") as file:
+        load_plain(file)
     with _refused_when_broken(state / ".metadata"), (state / ".metadata").open("rb") as file:
         found = _MetadataUnpickler(file).load()
         if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
@@ -91,6 +92,8 @@ def _refused_when_broken(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a complete checkpoint: it has no {path.name}") from None
+    except PermissionError:
+        raise UserError(f"cannot read {path}: permission denied") from None
     except Exception as error:  # damaged pickles end in errors of every kind
         raise UserError(f"{path} is not to be trusted or damaged ({first_line(error)})") from None
 
@@ -151,6 +154,8 @@ class StateReader:
                 path, info = self._place(key, chunk)
                 if path not in sizes:
                     sizes[path] = path.stat().st_size if path.is_file() else -1
+                    if sizes[path] >= 0:
+                        check_readable(path)
                 if sizes[path] < 0:
                     raise UserError(f"cannot read {self.state}: the file {path.name} is missing")
                 if sizes[path] < info.offset + info.length:
@@ -237,7 +242,7 @@ def _box(starts: list[int], stops: list[int], origin: Sequence[int]) -> tuple[sl
 def _stored_block(file: BinaryIO, info: Any) -> tuple[Tensor, int]:
     """A block without its data (on the meta device), and where in the file its data begins."""
     view = cast(IO[bytes], _create_file_view(cast(io.IOBase, file), info.offset, info.length))
-    block = torch.load(view, map_location="meta", weights_only=True)
+    block = load_plain(view, "meta")
     begin = info.offset + block.untyped_storage()._checkpoint_offset
     return block, begin + block.storage_offset() * block.itemsize
 
@@ -277,6 +282,20 @@ def _fill(file: BinaryIO, begin: int, target: Tensor) -> None:
         view = view[count:]
 
 
+def load_plain(file: IO[bytes], device: str = "cpu") -> Any:
+    """torch.load of nothing but numbers and plain data. Raises UnpicklingError, in our words, for anything else."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(_what_it_asks_for(str(error))) from None
+
+
+def _what_it_asks_for(text: str) -> str:
+    """torch's refusal of a pickle without the advice to load it all the same."""
+    asked = re.search(r"GLOBAL (\S+)", text)
+    return f"it asks for {asked[1]}, which no checkpoint needs" if asked else "it is no pickle of plain data"
+
+
 def first_line(error: BaseException) -> str:
     """An error in one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
@@ -284,4 +303,6 @@ def first_line(error: BaseException) -> str:
 
 def last_line(error: BaseException) -> str:
     """The cause in one line: torch's checkpoint errors list every rank's traceback, then the cause."""
+    if "weights_only" in str(error):
+        return _what_it_asks_for(str(error))
     return str(error).strip().rpartition("\n")[2] or type(error).__name__

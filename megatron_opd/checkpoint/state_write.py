@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_opd.checkpoint.checksums import HashedFile
 from megatron_opd.errors import UserError
 
 
@@ -68,25 +69,32 @@ def write_state(
     empty_objects: Sequence[str],
     make: Callable[[int], Tensor],
     group: dist.ProcessGroup | None,
-) -> None:
+) -> dict[Path, str]:
     """Write the tensors of the checkpoint `state`, begun by `start_state`, from every rank's share of the blocks.
 
     `make(i)` returns the tensor of this rank's `blocks[i]`; it is asked once for each. `empty_objects` are this rank's
     share of the keys of small objects that megatron-core keeps beside the tensors of some layers, all None here.
 
-    Collective over `group` (None: one process): the gathers and scatters of torch's distributed checkpoint. Raises on
-    every rank what any of them raised.
+    Returns the SHA-256 of every file of tensors, whichever rank has written it: taken on the way, nothing is read
+    again. Collective over `group` (None: one process): the gathers and scatters of torch's distributed checkpoint,
+    then 1 object all-gather. Raises on every rank what any of them raised.
     """
+    writer = _BlockWriter(state)
     try:
         checkpoint.save(
             {},
-            storage_writer=_BlockWriter(state),
+            storage_writer=writer,
             planner=_LazyPlanner(blocks, empty_objects, make),
             process_group=group,
             no_dist=group is None,
         )
     except CheckpointException as error:
         raise _cause(error) from error
+    everyones = [writer.checksums]
+    if group is not None:
+        everyones *= group.size()
+        dist.all_gather_object(everyones, writer.checksums, group=group)
+    return {path: found for checksums in everyones for path, found in checksums.items()}
 
 
 class _LazyPlanner(SavePlanner):
@@ -133,17 +141,23 @@ class _LazyPlanner(SavePlanner):
 class _BlockWriter(checkpoint.FileSystemWriter):
     """torch's writer, which itself keeps the last tensor of every key until the file is complete."""
 
+    def __init__(self, state: Path) -> None:
+        super().__init__(state)
+        self.checksums: dict[Path, str] = {}
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the plan's items to one file, one after the other."""
         name = f"{plan.storage_data.prefix}0.distcp"
-        results = []
-        with (Path(self.path) / name).open("wb") as file:
+        path, results = Path(self.path) / name, []
+        with HashedFile(path) as file:
             for item in plan.items:
                 start = file.tell()
                 _append(file, planner.resolve_data(item))
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+            file.flush()
             os.fsync(file.fileno())
+        self.checksums[path] = file.checksum
         written: Future[list[WriteResult]] = Future()
         written.set_result(results)
         return written

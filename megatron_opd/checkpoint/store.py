@@ -8,7 +8,6 @@ save cut short is never picked up. `checkpoints/latest` is a link for people; re
 Nothing random is saved: sampling noise is counter-based and the models have no dropout.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,12 +23,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opd.checkpoint.checksums import first_damaged_file, write_checksums
 from megatron_opd.checkpoint.state_read import plain_data_only
 from megatron_opd.checkpoint.weights import STATE, copy_model_files, load_chunks, sharded_weights
 from megatron_opd.errors import UserError, why_refused
 from megatron_opd.models.gpt import GPT
 
 _PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
+_SHARDED = "optimizer_sharded"  # in run.json: whether the state is that of the distributed optimizer
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class CheckpointStore:
         try:
             dist_checkpointing.save(state, str(aside / STATE))
             if dist.get_rank() == 0:
-                self._publish(aside, final, {**run_state, "step": step, "identity": dict(self.identity)})
+                about = {"step": step, "identity": dict(self.identity), _SHARDED: _is_sharded(optimizer)}
+                self._publish(aside, final, {**run_state, **about})
         except Exception as error:
             self._give_up(aside, error)
         dist.barrier()
@@ -99,12 +101,7 @@ class CheckpointStore:
     def _publish(self, aside: Path, final: Path, run_state: dict[str, Any]) -> None:
         copy_model_files(self.model_folder, aside)
         (aside / "run.json").write_text(json.dumps(run_state, indent=1))
-        sums = {
-            str(path.relative_to(aside)): checksum(path)
-            for path in sorted(aside.rglob("*"))
-            if path.is_file()
-        }
-        (aside / "checksums.json").write_text(json.dumps(sums, indent=1))
+        write_checksums(aside, aside.rglob("*"))
         for path in aside.rglob("*"):
             _sync(path)
         _sync(aside)
@@ -160,7 +157,8 @@ class CheckpointStore:
     def load(self, folder: Path, chunks: Sequence[GPT], optimizer: Any) -> dict[str, Any]:
         """Load model and optimizer from a checkpoint written at any layout; returns its run state.
 
-        Raises UserError when the checkpoint is not of this run: its `identity` differs.
+        Raises UserError when the checkpoint is not of this run: its `identity` differs; and when one of the two
+        optimizers is megatron-core's distributed one, which names its state differently.
         """
         run_state = json.loads((folder / "run.json").read_text())
         for key, value in self.identity.items():
@@ -170,6 +168,12 @@ class CheckpointStore:
                     f"{folder} belongs to a run with {key} = {found}, this one has {value}: give this run a run_dir of "
                     f"its own, or restore {key}"
                 )
+        sharded = run_state.pop(_SHARDED, _is_sharded(optimizer))
+        if sharded != _is_sharded(optimizer):
+            raise UserError(
+                f"optimizer.distributed: {folder} was saved with {str(sharded).lower()}, which this run cannot load: "
+                f"set it to {str(sharded).lower()} (null depends on the number of replicas)"
+            )
         with plain_data_only(folder / STATE):
             state = dist_checkpointing.load(
                 sharded_state(chunks, optimizer, self.groups, is_loading=True), str(folder / STATE)
@@ -193,28 +197,13 @@ def sharded_state(
     return state
 
 
+def _is_sharded(optimizer: Any) -> bool:
+    return bool(optimizer.config.use_distributed_optimizer)
+
+
 def published(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
-
-
-def first_damaged_file(folder: Path) -> str | None:
-    """The first file of a checkpoint that is missing or differs from its checksum, None when all are intact."""
-    try:
-        sums = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError):
-        return "checksums.json"
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file() or checksum(path) != expected:
-            return name
-    return None
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

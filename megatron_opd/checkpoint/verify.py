@@ -15,10 +15,11 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_opd.checkpoint.checksums import StateChecksums
 from megatron_opd.checkpoint.convert import plan_hf_to_megatron, plan_megatron_to_hf
-from megatron_opd.checkpoint.pieces import Plan
+from megatron_opd.checkpoint.pieces import Plan, dtype_name
 from megatron_opd.checkpoint.sample_tokens import SampleTokens, sample_tokens
-from megatron_opd.checkpoint.weights import is_megatron_folder, load_model_weights
+from megatron_opd.checkpoint.weights import STATE, is_megatron_folder, load_model_weights
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES, build_gpt, packed_forward
@@ -115,11 +116,14 @@ def verify_logits(
     weights stored in bf16 are widened, which is exact. Tolerances that are not given are `default_tolerance`. Held in
     memory: one model, and two arrays of logits in fp32.
 
-    Raises UserError for a broken folder, and for folders of different vocabularies or tokenizers.
+    Raises UserError for a broken folder (the files of a Megatron folder are compared with their checksums too), and for
+    folders of different vocabularies or tokenizers.
     """
     plans = [checked_plan(folder) for folder in (first, second)]
     archs = [plan.arch for plan in plans]
     _check_vocabularies(plans)
+    for folder in filter(is_megatron_folder, (first, second)):
+        StateChecksums(folder / STATE).check()
     limit = min(arch.max_positions for arch in archs)
     sample = sample_tokens(first, second, text, count=min(tokens, limit), vocab_size=archs[0].vocab_size)
     logits = [folder_logits(plan.source, plan.arch, sample.ids, precision) for plan in plans]
@@ -146,7 +150,7 @@ def default_tolerance(precision: str, *, same_dtype: bool) -> Tolerance:
 
 
 def checked_plan(folder: Path) -> Plan:
-    """Everything a folder of either kind holds, checked without reading the numbers. Raises UserError."""
+    """Everything a folder of either kind holds, checked as a conversion of it would. Raises UserError."""
     return plan_megatron_to_hf(folder) if is_megatron_folder(folder) else plan_hf_to_megatron(folder)
 
 
@@ -227,7 +231,7 @@ def _check_vocabularies(plans: list[Plan]) -> None:
 
 def _stored_dtypes(plan: Plan) -> str:
     """The dtypes of the folder's weights as text."""
-    return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in plan.dtypes}))
+    return ", ".join(sorted({dtype_name(dtype) for dtype in plan.dtypes}))
 
 
 def _runner(folder: Path) -> str:

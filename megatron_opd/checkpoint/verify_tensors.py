@@ -3,15 +3,18 @@
 Tensors of a Megatron folder are put together as an export would; no model is built, and one tensor at a time is held.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_opd.checkpoint.pieces import Plan
+from megatron_opd.checkpoint.checksums import StateChecksums
+from megatron_opd.checkpoint.pieces import Plan, dtype_name
+from megatron_opd.checkpoint.shared_count import Progress, SharedCount
+from megatron_opd.checkpoint.state_read import StateReader
 from megatron_opd.checkpoint.verify import checked_plan
+from megatron_opd.checkpoint.weights import STATE
 from megatron_opd.errors import UserError
 
 _BITS = {4: torch.int32, 2: torch.int16}
@@ -19,7 +22,7 @@ _BITS = {4: torch.int32, 2: torch.int16}
 
 @dataclass(frozen=True)
 class TensorComparison:
-    """How many tensors were compared, of how many bytes, and a line for each that differs."""
+    """How many tensors were compared, of how many bytes in the first folder, and a line for each that differs."""
 
     tensors: int
     nbytes: int
@@ -31,34 +34,39 @@ class TensorComparison:
         return not self.differences
 
 
-def verify_tensors(
-    first: Path, second: Path, progress: Callable[[int, int], object] | None = None
-) -> TensorComparison:
+def verify_tensors(first: Path, second: Path, progress: Progress | None = None) -> TensorComparison:
     """Compare every tensor of two folders of either kind; equal numbers in different dtypes count as different.
 
-    `progress(done, total)` is called with bytes. Raises UserError for a broken folder, and for models of different
-    shapes.
+    The files of a Megatron folder are compared with their checksums first. `progress(done, total)` is called with
+    bytes, those read for that included. Raises UserError for a broken folder, and for models of different shapes.
     """
     a, b = checked_plan(first), checked_plan(second)
     _check_same_shapes(a, b)
+    recorded = [
+        StateChecksums(plan.source / STATE) for plan in (a, b) if isinstance(plan.reader, StateReader)
+    ]
+    total = sum(spec.nbytes for spec in a.specs) + sum(checksums.nbytes for checksums in recorded)
+    count = SharedCount(total, None, progress)
+    for checksums in recorded:
+        checksums.check(count=count.add)
     differences: list[str] = []
-    total, done, tensors = sum(a.sizes), 0, 0
-    for piece, size in zip(a.pieces, a.sizes, strict=True):
+    nbytes = tensors = 0
+    for piece in a.pieces:
         for name, mine, theirs in zip(piece.hf, a.read(piece), b.read(piece), strict=True):
             tensors += 1
+            nbytes += mine.nbytes
+            count.add(mine.nbytes)
             difference = _difference(mine, theirs)
             if difference:
                 differences.append(f"{name}: {difference}")
-        done += size
-        if progress is not None:
-            progress(done, total)
-    return TensorComparison(tensors, total, differences)
+    count.finish()
+    return TensorComparison(tensors, nbytes, differences)
 
 
 def _difference(a: Tensor, b: Tensor) -> str:
     """Nothing when the tensors have the same dtype and bits."""
     if a.dtype != b.dtype:
-        names = [str(dtype).removeprefix("torch.") for dtype in (a.dtype, b.dtype)]
+        names = [dtype_name(dtype) for dtype in (a.dtype, b.dtype)]
         same = " (equal numbers)" if torch.equal(a.float(), b.float()) else ""
         return f"{names[0]} and {names[1]}{same}"
     bits = _BITS[a.itemsize]

@@ -46,9 +46,21 @@ def is_megatron_folder(folder: Path) -> bool:
     return (folder / STATE).is_dir()
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Tokenizer, chat template and generation defaults, as far as the folder has them.
+
+    Raises UserError for a directory of such a name.
+    """
+    paths = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory, not a file: remove it, or put the model's file there")
+    return paths
+
+
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation defaults, as far as the source folder has them."""
-    for path in sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)}):
+    """Copy the `tokenizer_files`. Raises UserError as they do."""
+    for path in tokenizer_files(source):
         shutil.copyfile(path, target / path.name)
 
 

@@ -100,6 +100,8 @@ def check_layout(
             f"rollout.prompts_per_step: {rollout.prompts_per_step} prompts of {rollout.samples_per_prompt} "
             f"samples do not divide by {data} data-parallel replicas: make their product a multiple of {data}"
         )
+    if config.training.moe_aux_loss is not None and not student.num_experts:
+        raise UserError("training.moe_aux_loss: the student has no experts to balance: leave it null")
     models = {"student": student, "teacher": teacher} | ({"reference": reference} if reference else {})
     _check_divisible(config.parallel, models)
     _check_experts(config.parallel, models, data)
@@ -124,8 +126,12 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(
             f"optimizer.min_lr: {optimizer.min_lr:g} is more than optimizer.lr = {optimizer.lr:g}: lower it"
         )
+    if optimizer.cpu_offload and optimizer.distributed is False:
+        raise UserError("optimizer.cpu_offload: needs optimizer.distributed: set that to true or null")
     if optimizer.name != "sgd":
         return
+    if optimizer.cpu_offload:
+        raise UserError("optimizer.cpu_offload: sgd has no state to offload: set it to false")
     for key in ("beta1", "beta2", "eps"):
         if getattr(optimizer, key) != type(optimizer).model_fields[key].default:
             raise UserError(f"optimizer.{key}: only adam reads it: remove it, or set optimizer.name to adam")

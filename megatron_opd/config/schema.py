@@ -34,6 +34,15 @@ class ModelConfig(Section):
     )
 
 
+class FrozenModelConfig(ModelConfig):
+    """A model that is only run forward."""
+
+    offload: bool = Field(
+        False,
+        description="Keep its weights, all but the LM head, in host memory while it does not run. Needs a GPU.",
+    )
+
+
 class ParallelConfig(Section):
     """How the student is spread over processes. Ranks needed: tensor * pipeline * context * data."""
 
@@ -281,7 +290,11 @@ class OptimizerConfig(Section):
     distributed: bool | None = Field(
         None,
         description="Shard the optimizer's state over data- and context-parallel processes. null: when there are "
-        "several; sgd has none to shard.",
+        "several, or with cpu_offload; sgd has none to shard.",
+    )
+    cpu_offload: bool = Field(
+        False,
+        description="Keep the optimizer's state in host memory and update there. Needs a GPU and transformer-engine.",
     )
 
 
@@ -298,6 +311,12 @@ class TrainingConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="Activations computed again in the backward pass: none, attention's, whole layers'.",
+    )
+    moe_aux_loss: float | None = Field(
+        None,
+        ge=0,
+        description="Factor of the loss that balances the experts of the student; every layer adds 1 when balanced. "
+        "null: what its config.json says (router_aux_loss_coef with output_router_logits, else 0).",
     )
 
 
@@ -332,8 +351,8 @@ class Config(Section):
         description="Type of weights and activations. bf16 keeps float32 master weights in the optimizer.",
     )
     student: ModelConfig
-    teacher: ModelConfig
-    reference: ModelConfig | None = Field(
+    teacher: FrozenModelConfig
+    reference: FrozenModelConfig | None = Field(
         None, description="Third model, for objective.shaping.reference_weight. null: none."
     )
     parallel: ParallelConfig = ParallelConfig()

@@ -31,6 +31,7 @@ class Microbatch:
     position_ids_T: Tensor  # int64, restart at 0 in every segment
     targets_T: Tensor  # int64: the token that position t predicts; 0 where mask_T is False
     mask_T: Tensor  # bool: position predicts a response token that enters the loss
+    padding_T: Tensor  # bool: fills up its segment; it is computed, but counts nowhere
     rollout_logprobs_T: Tensor  # float32: the engine's log-prob of targets_T (nats); 0 where mask_T is False
     cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, of the whole; all divide by the alignment
 
@@ -103,6 +104,11 @@ def count_loss_tokens(microbatches: Iterable[Microbatch]) -> int:
     return sum(int(microbatch.mask_T.sum()) for microbatch in microbatches)
 
 
+def count_tokens(microbatches: Iterable[Microbatch]) -> int:
+    """Tokens of prompts and responses over all microbatches, padding left out."""
+    return sum(int((~microbatch.padding_T).sum()) for microbatch in microbatches)
+
+
 def _padded_length(rollout: Rollout, alignment: int) -> int:
     assert rollout.prompt_ids, (
         "a rollout needs a prompt: without one nothing predicts the first response token"
@@ -168,6 +174,7 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
     tokens: list[int] = []
     targets: list[int] = []
     mask: list[bool] = []
+    padding: list[bool] = []
     logprobs: list[float] = []
     lengths = [_padded_length(rollout, alignment) for rollout, _ in members]
     for (rollout, kept), length in zip(members, lengths, strict=True):
@@ -177,16 +184,18 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
         tokens += inputs + [0] * tail
         targets += [0] * first + rollout.response_ids + [0] * tail
         mask += [False] * first + kept + [False] * tail
+        padding += [False] * len(inputs) + [True] * tail
         logprobs += [0.0] * first + rollout.logprobs + [0.0] * tail
     if not members:
         lengths, tokens, targets = [alignment], [0] * alignment, [0] * alignment
-        mask, logprobs = [False] * alignment, [0.0] * alignment
+        mask, padding, logprobs = [False] * alignment, [True] * alignment, [0.0] * alignment
     mask_T = torch.tensor(mask, dtype=torch.bool)
     return Microbatch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
         position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
         targets_T=torch.tensor(targets, dtype=torch.int64).where(mask_T, 0),
         mask_T=mask_T,
+        padding_T=torch.tensor(padding, dtype=torch.bool),
         rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32).where(mask_T, 0.0),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
     )

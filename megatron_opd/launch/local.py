@@ -34,8 +34,10 @@ class Outcome:
     message: str | None = None
 
 
-def run_workers(arguments: Sequence[str], processes: int) -> Outcome:
+def run_workers(arguments: Sequence[str], processes: int, *, if_killed: str = "") -> Outcome:
     """Runs `python ARGUMENTS...` as `processes` ranks and waits for all of them, or for the first failure.
+
+    `if_killed` is what a user does after one of them was killed; the message ends with it.
 
     The ranks find RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in their environment and share this
     program's stdout and stderr. When one fails, the others get SIGTERM and after 30 seconds SIGKILL.
@@ -63,7 +65,7 @@ def run_workers(arguments: Sequence[str], processes: int) -> Outcome:
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
-            return _outcome(error)
+            return _outcome(error, if_killed)
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -71,7 +73,7 @@ def run_workers(arguments: Sequence[str], processes: int) -> Outcome:
     return Outcome(0)
 
 
-def _outcome(error: "ChildFailedError") -> Outcome:
+def _outcome(error: "ChildFailedError", if_killed: str) -> Outcome:
     """What to say about the ranks that failed. The agent lists those it stopped itself last."""
     mistakes = {rank: failure.error_file_data.get(USER_ERROR) for rank, failure in error.failures.items()}
     for rank in sorted(mistakes):
@@ -86,9 +88,9 @@ def _outcome(error: "ChildFailedError") -> Outcome:
             rank, failure = other, killed
             break
     if failure.exitcode < 0:
-        name = failure.signal_name()
-        return Outcome(1, f"rank {rank} was killed by {name}: start the same command again to resume")
-    if failure.exitcode == 2:  # a usage error, printed by the rank
+        advice = f": {if_killed}" if if_killed else ""
+        return Outcome(1, f"rank {rank} was killed by {failure.signal_name()}{advice}")
+    if failure.exitcode == 2:  # a mistake that could not be handed over: the rank has printed it
         return Outcome(2)
     return Outcome(1, f"rank {rank} ended with exit code {failure.exitcode}: what it printed is above")
 

@@ -5,7 +5,7 @@ Everything else is refused with one clear line, at start-up.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_opd.errors import UserError
@@ -24,7 +24,7 @@ class MoESettings:
     norm_topk_prob: bool
     """Whether a token's weights sum to 1; otherwise they are its probabilities under the softmax over all experts."""
     aux_loss_coefficient: float
-    """Weight of the load-balancing loss in training."""
+    """Factor of the balancing loss of every layer in training; see `router.Router` for what it is."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ class Architecture:
     def num_experts(self) -> int:
         """Experts of a layer, 0 in a dense model."""
         return self.moe.num_experts if self.moe else 0
+
+    def with_aux_loss(self, coefficient: float | None) -> "Architecture":
+        """The same model with another coefficient of the balancing loss; None keeps it."""
+        if self.moe is None or coefficient is None:
+            return self
+        return replace(self, moe=replace(self.moe, aux_loss_coefficient=coefficient))
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of 128 * `tensor_parallel`.

@@ -43,6 +43,14 @@ class GPT(GPTModel):
     Under sequence parallelism they are this rank's [T / TP, 1, H].
     """
 
+    def _preprocess(self, *, padding_mask: Tensor | None = None, **inputs: Any) -> tuple[Any, ...]:
+        """megatron-core's own, and every stage takes its rank's part of the mask; there only the first does."""
+        *before_layers, _ = super()._preprocess(**inputs)
+        if padding_mask is not None and self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
+        return *before_layers, padding_mask
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         del args, kwargs
         return hidden_states
@@ -222,12 +230,17 @@ def _mark_shards(model: GPT) -> None:
 
 
 def packed_forward(
-    model: torch.nn.Module, tokens_T: Tensor, position_ids_T: Tensor, cu_seqlens: Tensor
+    model: torch.nn.Module,
+    tokens_T: Tensor,
+    position_ids_T: Tensor,
+    cu_seqlens: Tensor,
+    padding_T: Tensor | None = None,
 ) -> Tensor:
     """Run one packed microbatch through a chunk, bare or in DDP: hidden states [T, 1, H] ([T/TP, 1, H] with SP).
 
     `cu_seqlens` int32 [S + 1] holds the padded segment offsets, its last entry is T; under context parallelism they
-    are those of the whole microbatch and T is this rank's zigzag share of it.
+    are those of the whole microbatch and T is this rank's zigzag share of it. Routers leave the tokens of `padding_T`
+    (bool) out of their balancing loss and statistics; None where neither is wanted.
     """
     longest = int(cu_seqlens.diff().max())
     packed = PackedSeqParams(
@@ -237,4 +250,7 @@ def packed_forward(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    return model(tokens_T[None], position_ids_T[None], None, packed_seq_params=packed)
+    padding_mask = None if padding_T is None else padding_T[None]
+    return model(
+        tokens_T[None], position_ids_T[None], None, packed_seq_params=packed, padding_mask=padding_mask
+    )

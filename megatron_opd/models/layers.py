@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_opd.models.attention import core_attention
+from megatron_opd.models.router import Router
 
 
 class RMSNorm(torch.nn.Module):
@@ -55,17 +55,6 @@ def add_residual(
         return residual + output
 
     return add
-
-
-class Router(TopKRouter):
-    """megatron-core's router, its logits in float32 whatever the dtype of the model.
-
-    megatron-core's own float32 path needs transformer-engine, which it does not check.
-    """
-
-    def gating(self, input: Tensor) -> Tensor:
-        """[T, B, H] -> logits [T, B, experts], float32."""
-        return F.linear(input.float(), self.weight.float())
 
 
 def local_block_spec(

@@ -1,5 +1,5 @@
 """Teachers: they score every token of the rollouts.
 
-`megatron` is the colocated, forward-only Megatron teacher. A teacher may import models, parallel and data; nothing of
-training or rollout.
+`megatron` is the colocated, forward-only Megatron teacher, `host_weights` where its weights wait for their next use. A
+teacher may import models, parallel and data; nothing of training or rollout.
 """

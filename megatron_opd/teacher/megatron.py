@@ -9,6 +9,7 @@ Shapes: T tokens of a microbatch, N its loss positions, D the teacher's hidden s
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits
 from megatron_opd.parallel.schedule import run_schedule
+from megatron_opd.teacher.host_weights import HostWeights
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,35 @@ class TeacherPayload:
 
 
 class MegatronTeacher:
-    """A frozen model on the student's ranks, `chunks` of it on this one. It has no gradients and no optimizer."""
+    """A frozen model on the student's ranks, `chunks` of it on this one. It has no gradients and no optimizer.
 
-    def __init__(self, chunks: Sequence[GPT], groups: ProcessGroupCollection) -> None:
+    With `offload` its weights are in host memory but inside `resident()`, all except the LM head: the objective
+    projects with it while the student trains.
+    """
+
+    def __init__(
+        self, chunks: Sequence[GPT], groups: ProcessGroupCollection, *, offload: bool = False
+    ) -> None:
         self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
         self.groups = groups
+        self._offloaded: HostWeights | None = None
+        if offload:
+            head = chunks[-1].head_weight if chunks[-1].post_process else None
+            weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
+            moved = [weight for weight in weights if weight is not head]
+            self._offloaded = HostWeights(moved, weights[0].device)
+
+    def resident(self) -> AbstractContextManager[None]:
+        """Inside, the whole model can be run."""
+        return nullcontext() if self._offloaded is None else self._offloaded.on_device()
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherPayload | None]:
         """One payload a microbatch on the last pipeline stage, None on the others.
 
         Collectives: those of a forward pass in the teacher's layout. Memory kept: N * D numbers.
         """
-        hidden = final_hidden_states(self.chunks, microbatches, self.groups)
+        with self.resident():
+            hidden = final_hidden_states(self.chunks, microbatches, self.groups)
         return [None if hidden_ND is None else TeacherPayload(hidden_ND) for hidden_ND in hidden]
 
     def logits(self, payload: TeacherPayload, *, chunked: bool) -> Tensor | LinearLogits:

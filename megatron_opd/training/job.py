@@ -31,7 +31,7 @@ from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
-from megatron_opd.preflight import Checked, check_before_start
+from megatron_opd.preflight import Checked, check_before_start, check_offload
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sharded import generate_sharded
@@ -150,7 +150,8 @@ class Job:
     def _reference_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if self.reference is None:
             return None
-        return self._logprobs(self.reference.chunks, self.reference.chunks[-1], update.microbatches)
+        with self.reference.resident():
+            return self._logprobs(self.reference.chunks, self.reference.chunks[-1], update.microbatches)
 
     def apply(self, update: Update, progress: float) -> Outcome:
         """Move the student by one update; one without loss tokens is skipped on all ranks alike."""
@@ -203,6 +204,7 @@ def set_up(config: Config) -> Job:
 
     Raises UserError for anything the user can mend. Collective: every rank calls it.
     """
+    check_offload(config)
     checked = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
     texts = read_texts(config, min(arch.vocab_size for arch in checked.architectures))
     layout = layout_of(checked.parallel)
@@ -296,11 +298,16 @@ def load_models(
         load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
         return [chunk.to(device) for chunk in chunks]
 
-    teacher = MegatronTeacher(load(checked.teacher, config.teacher.path), groups)
+    teacher = MegatronTeacher(
+        load(checked.teacher, config.teacher.path), groups, offload=config.teacher.offload
+    )
     reference = None
     if config.reference is not None and checked.reference is not None:
-        reference = MegatronTeacher(load(checked.reference, config.reference.path), groups)
-    return load(checked.student, config.student.path, config.training.recompute), teacher, reference
+        reference = MegatronTeacher(
+            load(checked.reference, config.reference.path), groups, offload=config.reference.offload
+        )
+    trained = checked.student.with_aux_loss(config.training.moe_aux_loss)
+    return load(trained, config.student.path, config.training.recompute), teacher, reference
 
 
 def read_texts(config: Config, vocab_size: int) -> Texts:

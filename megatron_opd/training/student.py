@@ -69,7 +69,12 @@ class Student:
         limit = self.optimizer.config.clip_grad
         if limit > 0:
             for part in _parts(self.optimizer):
-                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=limit, total_norm=norm)
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(),
+                    max_norm=limit,
+                    total_norm=norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer,
+                )
         return norm, bool(self.optimizer.step_with_ready_grads())
 
 
@@ -84,12 +89,13 @@ def build_student(
     """Wrap a model whose weights are loaded for training.
 
     The optimizer's state is sharded over the data- and context-parallel ranks when `config.distributed` says so (null:
-    Adam's when there are several). Gradients are reduced in float32 and bf16 weights have float32 masters.
+    Adam's when there are several, or the state lies in host memory). Gradients are reduced in float32 and bf16 weights
+    have float32 masters.
     """
     torch_adam.install()
     distributed = config.distributed
     if distributed is None:
-        distributed = config.name == "adam" and groups.dp_cp.size() > 1
+        distributed = config.name == "adam" and (config.cpu_offload or groups.dp_cp.size() > 1)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         grad_reduce_in_fp32=True,
@@ -112,6 +118,10 @@ def build_student(
             bf16=precision == "bf16",
             params_dtype=DTYPES[precision],
             use_distributed_optimizer=distributed,
+            optimizer_cpu_offload=config.cpu_offload,
+            optimizer_offload_fraction=1.0,
+            overlap_cpu_optimizer_d2h_h2d=config.cpu_offload,
+            use_precision_aware_optimizer=config.cpu_offload,  # megatron-core offloads no other
         ),
         ddps,
         use_gloo_process_groups=False,

@@ -2,7 +2,8 @@
 
 The loss of an update is the sum over ALL its unmasked response tokens (microbatches, data- and context-parallel
 ranks) of weight * estimator, divided by their number M: never a mean of means. megatron-core divides the accumulated
-gradient by T_all, the tokens it routed, so the loss function returns sum * T_all / M.
+gradient by T_all, the tokens of the update, so the loss function returns sum * T_all / M. The balancing losses of
+experts, which megatron-core adds in the backward pass, are sums over tokens too and become a mean by that division.
 
 Shapes: T tokens of a microbatch (of this context-parallel rank's share of it), N its loss positions, V padded
 vocabulary, TP tensor-parallel size.
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_opd.data.packing import Microbatch, count_loss_tokens
+from megatron_opd.data.packing import Microbatch, count_loss_tokens, count_tokens
 from megatron_opd.errors import UserError
 from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
@@ -30,17 +31,17 @@ from megatron_opd.teacher.megatron import MegatronTeacher, TeacherPayload
 class UpdateScale:
     """How the sums of one update are normalised, known on every rank before the forward pass.
 
-    `loss_tokens` is M, the unmasked response tokens; `routed_tokens` is T_all, all tokens incl. prompts and padding.
+    `loss_tokens` is M, the unmasked response tokens; `tokens` is T_all, those of prompts and responses.
     """
 
     loss_tokens: int
-    routed_tokens: int
+    tokens: int
 
     @classmethod
     def of(cls, packed: Sequence[Sequence[Microbatch]]) -> "UpdateScale":
         """Counted over the whole microbatches of all data-parallel ranks (every rank packs the same rollouts)."""
         everything = [microbatch for rank in packed for microbatch in rank]
-        return cls(count_loss_tokens(everything), sum(m.tokens_T.numel() for m in everything))
+        return cls(count_loss_tokens(everything), count_tokens(everything))
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,17 @@ class ObjectivePass:
         def forward_step(inputs: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
             microbatch, *scored = next(inputs)
             hidden_T1H = packed_forward(
-                chunk, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
+                chunk,
+                microbatch.tokens_T,
+                microbatch.position_ids_T,
+                microbatch.cu_seqlens,
+                microbatch.padding_T,
             )
 
             def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 loss_sum, sums = self._loss(output_T1H, microbatch, *scored, progress=progress)
-                tokens = torch.tensor(microbatch.tokens_T.numel(), dtype=torch.int, device=output_T1H.device)
-                return loss_sum * (scale.routed_tokens / scale.loss_tokens), tokens, sums
+                tokens = (~microbatch.padding_T).sum(dtype=torch.int)
+                return loss_sum * (scale.tokens / scale.loss_tokens), tokens, sums
 
             return hidden_T1H, loss_func
 

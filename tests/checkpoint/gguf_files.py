@@ -51,6 +51,24 @@ def write_gguf(
     model = hf_model(hf_folder)
     config: Any = model.config
     writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config.model_type])
+    _add_config(writer, config)
+    _add_tokenizer(writer, config.vocab_size)
+    change(writer)
+    arrays = gguf_arrays(model)
+    tensors(arrays)
+    for name, array in arrays.items():
+        if quantised is not None and "ffn" in name and "norm" not in name:
+            writer.add_tensor(name, gguf.quantize(array, quantised), raw_dtype=quantised)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_name(f"tiny {config.model_type}")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -67,20 +85,6 @@ def write_gguf(
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    _add_tokenizer(writer, config.vocab_size)
-    change(writer)
-    arrays = gguf_arrays(model)
-    tensors(arrays)
-    for name, array in arrays.items():
-        if quantised is not None and "ffn" in name and "norm" not in name:
-            writer.add_tensor(name, gguf.quantize(array, quantised), raw_dtype=quantised)
-        else:
-            writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,22 @@ def megatron_folder(good_megatron: Path, tmp_path: Path) -> Path:
 def file_of(folder: Path, name: str) -> Path:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     return folder / index["weight_map"][name]
+
+
+def forbid(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Take away the permission to read a file. Root reads it all the same, so for root opening it is made to fail."""
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        real = open
+
+        def guarded(file: Any, *args: Any, **options: Any) -> Any:
+            if isinstance(file, str | Path) and Path(file) == path:
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return real(file, *args, **options)
+
+        monkeypatch.setattr("io.open", guarded)
+        monkeypatch.setattr("builtins.open", guarded)
+    return path
 
 
 def halve(path: Path) -> None:
@@ -124,6 +141,32 @@ def test_missing_file(folder, tmp_path):
     path = file_of(folder, K_PROJ)
     path.unlink()
     assert refusal(folder, tmp_path) == f"weight file missing: {path}"
+
+
+@pytest.mark.parametrize(
+    "name", ["weights", "model.safetensors.index.json", "config.json", "generation_config.json"]
+)
+def test_a_source_that_may_not_be_read_is_named(folder, tmp_path, monkeypatch, name):
+    path = forbid(file_of(folder, K_PROJ) if name == "weights" else folder / name, monkeypatch)
+    assert refusal(folder, tmp_path).lower() == f"cannot read {path}: permission denied".lower()
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp", "metadata.json"])
+def test_a_checkpoint_that_may_not_be_read_is_named(megatron_folder, tmp_path, monkeypatch, name):
+    path = forbid(megatron_folder / "state" / name, monkeypatch)
+    with pytest.raises(UserError) as caught:
+        megatron_to_hf(megatron_folder, tmp_path / "out")
+    message = str(caught.value)
+    assert str(path) in message and "permission denied" in message.lower() and "damaged" not in message
+    assert {path.name for path in tmp_path.iterdir()} == {"megatron"}
+
+
+def test_a_directory_in_the_place_of_a_tokenizer(folder, megatron_folder, tmp_path):
+    for source, convert in ((folder, hf_to_megatron), (megatron_folder, megatron_to_hf)):
+        (source / "tokenizer.json").mkdir()
+        with pytest.raises(UserError, match=rf"{source}/tokenizer\.json is a directory, not a file"):
+            convert(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
 
 
 def test_no_weights_at_all(folder, tmp_path):
@@ -253,7 +296,7 @@ def test_folder_is_complete_or_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (PermissionError(errno.EACCES, "Permission denied"), "permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot write .*out: permission denied"),
         (
             RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
             "a write was cut short",
@@ -270,6 +313,26 @@ def test_refused_write_keeps_the_older_folder(tmp_path, error, reason):
         except OSError as cause:
             raise RuntimeError("a writer's own words") from cause
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "old").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "expected"),
+    [
+        (errno.EACCES, "in/config.json", "cannot read {}/in/config.json: permission denied"),
+        (errno.EACCES, ".out.incomplete/x", "cannot write {}/out: permission denied; nothing was left there"),
+        (errno.EACCES, ".", "cannot write {}/out: permission denied; nothing was left there"),
+        (
+            errno.ENOSPC,
+            "in/config.json",
+            "cannot write {}/out: no space left on device; nothing was left there",
+        ),
+    ],
+)
+def test_the_side_that_is_refused_is_named(tmp_path, number, file, expected):
+    """Of a full disk the system names the file that was copied from, too."""
+    with pytest.raises(UserError) as caught, written_aside(tmp_path / "out"):
+        raise OSError(number, os.strerror(number), str(tmp_path / file))
+    assert str(caught.value) == expected.format(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_opd.checkpoint.checksums import StateChecksums
 from megatron_opd.checkpoint.convert import (
     hf_to_megatron,
     megatron_to_hf,
@@ -23,6 +24,7 @@ from megatron_opd.checkpoint.convert import (
     plan_megatron_to_hf,
 )
 from megatron_opd.checkpoint.pieces import shares
+from megatron_opd.checkpoint.safetensors_files import SafetensorsFiles
 from megatron_opd.checkpoint.state_read import StateReader, read_metadata
 from megatron_opd.checkpoint.weights import copy_model_files, load_model_weights, sharded_weights
 from megatron_opd.errors import UserError
@@ -93,6 +95,9 @@ def test_the_checkpoint_is_described_like_megatron_cores_own(gloo, folder, tmp_p
     gloo(1, save_with_megatron_core, folder, tmp_path / "theirs", ParallelLayout())
     hf_to_megatron(folder, tmp_path / "ours")
     assert described(tmp_path / "ours") == described(tmp_path / "theirs")
+    interleaved = ParallelLayout(pipeline=2, virtual_pipeline=2)
+    gloo(2, save_with_megatron_core, folder, tmp_path / "interleaved", interleaved)
+    assert described(tmp_path / "ours") == described(tmp_path / "interleaved")
     for name in ("metadata.json", "common.pt"):
         ours, theirs = (tmp_path / which / "state" / name for which in ("ours", "theirs"))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -102,9 +107,11 @@ def test_the_checkpoint_is_described_like_megatron_cores_own(gloo, folder, tmp_p
         assert torch.equal(ours, theirs), key
 
 
-def test_conversion_from_any_layout_gives_the_same_bits(gloo, folder, tmp_path):
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_conversion_from_any_layout_gives_the_same_bits(gloo, folder, tmp_path, virtual):
     moe = read_architecture(folder).moe is not None
-    layout = ParallelLayout(data=2, expert=2, pipeline=2) if moe else ParallelLayout(tensor=2, pipeline=2)
+    others: dict[str, Any] = {"data": 2, "expert": 2} if moe else {"tensor": 2}
+    layout = ParallelLayout(pipeline=2, virtual_pipeline=virtual, **others)
     gloo(4, save_with_megatron_core, folder, tmp_path / "run", layout, optimizer=True)
     megatron_to_hf(tmp_path / "run", tmp_path / "back")
     assert_identical(safetensors_of(tmp_path / "back"), safetensors_of(folder))
@@ -133,7 +140,7 @@ def test_the_dtype_is_changed_when_asked(llama, tmp_path, choice, dtype):
         assert str(dtype).removeprefix("torch.") in (tmp_path / out / "config.json").read_text()
 
 
-def test_layers_of_different_dtypes_are_stored_in_the_wider_one(llama, tmp_path):
+def test_layers_of_different_dtypes_are_stored_in_the_wider_one(llama, tmp_path, capsys):
     folder = tmp_path / "hf"
     folder.mkdir()
     copy_model_files(llama, folder)
@@ -142,9 +149,34 @@ def test_layers_of_different_dtypes_are_stored_in_the_wider_one(llama, tmp_path)
         for name, tensor in safetensors_of(llama).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
     hf_to_megatron(folder, tmp_path / "megatron")
+    note = (
+        "note: a stored tensor holds all its layers in one dtype, here the one that changes no number: "
+        "decoder.layers.mlp.linear_fc2.weight (bfloat16, float32 -> float32)"
+    )
+    assert capsys.readouterr().err == f"{note}\n"
+    assert note in plan_hf_to_megatron(folder).describe().splitlines()
+    assert plan_hf_to_megatron(folder, "bf16").note is None and plan_hf_to_megatron(llama).note is None
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     expected = {name: tensor.float() if ".mlp.down" in name else tensor for name, tensor in tensors.items()}
+    assert_identical(safetensors_of(tmp_path / "back"), expected)
+
+
+def test_two_half_precisions_in_one_tensor_become_fp32(llama, tmp_path):
+    """Neither holds the numbers of the other: bf16 has the range, fp16 the digits."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    copy_model_files(llama, folder)
+    tensors = {
+        name: tensor.bfloat16() * 2.0**100 if ".gate_proj" in name else tensor.half()
+        for name, tensor in safetensors_of(llama).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(folder, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    mixed = (".gate_proj", ".up_proj")
+    expected = {name: t.float() if any(part in name for part in mixed) else t for name, t in tensors.items()}
     assert_identical(safetensors_of(tmp_path / "back"), expected)
 
 
@@ -155,25 +187,42 @@ class Seen(list[tuple[int, int]]):
         self.append((done, total))
 
 
-def convert_there_and_back(folder: Path, out: Path) -> list[int]:
-    """The bytes that this rank moved there and back; `out/megatron` and `out/back` are written by all ranks."""
+def convert_there_and_back(folder: Path, out: Path) -> tuple[int, Seen, Seen]:
+    """On every rank: the bytes that it wrote on the way back, and the progress that it saw there and back."""
     there, back = Seen(), Seen()
+    written = 0
+    write = SafetensorsFiles.write
+
+    def counted(files: SafetensorsFiles, name: str, tensor: torch.Tensor) -> None:
+        nonlocal written
+        written += tensor.nbytes
+        write(files, name, tensor)
+
     hf_to_megatron(folder, out / "megatron", group=dist.group.WORLD, progress=there)
-    megatron_to_hf(out / "megatron", out / "back", group=dist.group.WORLD, progress=back)
-    for seen in (there, back):
-        assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
-    return [there[-1][0], back[-1][0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsFiles, "write", counted)
+        megatron_to_hf(out / "megatron", out / "back", group=dist.group.WORLD, progress=back)
+    return written, there, back
 
 
 def test_processes_share_the_work(gloo, llama, tmp_path):
-    moved = gloo(2, convert_there_and_back, llama, tmp_path)
+    ranks = gloo(2, convert_there_and_back, llama, tmp_path)
     assert_identical(safetensors_of(tmp_path / "back"), safetensors_of(llama))
     hf_to_megatron(llama, tmp_path / "alone")
     assert described(tmp_path / "megatron") == described(tmp_path / "alone")
     assert {path.name for path in tmp_path.iterdir()} == {"megatron", "back", "alone"}
-    whole = sum(plan_hf_to_megatron(llama).sizes)
-    for share in zip(*moved, strict=True):
-        assert sum(share) == whole and max(share) < 0.51 * whole
+    state = tmp_path / "megatron" / "state"
+    sizes = [path.stat().st_size for path in state.glob("*.distcp")]
+    assert len(sizes) == 2 and max(sizes) < 0.55 * sum(sizes)
+    there, back = (
+        sum(plan.sizes) for plan in (plan_hf_to_megatron(llama), plan_megatron_to_hf(state.parent))
+    )
+    written = [rank[0] for rank in ranks]
+    assert sum(written) == back and max(written) < 0.51 * back
+    for _, *seen in ranks:  # each sees what both have done
+        for progress, total in zip(seen, (there, StateChecksums(state).nbytes + back), strict=True):
+            assert progress == sorted(progress) and progress[-1] == (total, total)
+            assert progress.count((total, total)) == 1
 
 
 def refused(folder: Path, target: Path, fails_on: int | None = None) -> str:
@@ -236,11 +285,17 @@ def test_a_tensor_that_the_architecture_lacks_is_refused(llama, tmp_path):
 
 def test_the_plan_says_what_is_written(llama, tmp_path):
     hf_to_megatron(llama, tmp_path / "megatron")
-    there, back = plan_hf_to_megatron(llama).describe(), plan_megatron_to_hf(tmp_path / "megatron").describe()
-    assert there == back
-    lines = [re.sub(" +", " ", line) for line in there.splitlines()]
+    there, back = (
+        [re.sub(" +", " ", line) for line in plan.describe().splitlines()]
+        for plan in (plan_hf_to_megatron(llama), plan_megatron_to_hf(tmp_path / "megatron"))
+    )
+    embedding = "embedding.word_embeddings.weight"
+    assert back[1] == f"{embedding} [131, 64] float32 33,536 model.embed_tokens.weight"
+    numbers = sum(tensor.nbytes for tensor in safetensors_of(llama).values())
+    assert back[-1] == f"total: 39 Hugging Face tensors, {numbers:,} bytes"
+    lines = there
     assert lines[0] == "megatron shape dtype bytes Hugging Face"
-    assert lines[1] == "embedding.word_embeddings.weight [256, 64] float32 65,536 model.embed_tokens.weight"
+    assert lines[1] == f"{embedding} [256, 64] float32 65,536 model.embed_tokens.weight"
     up = "decoder.layers.3.mlp.linear_fc1.weight[96:192] [96, 64] float32 24,576 model.layers.3.mlp.up_proj.weight"
     assert up in lines
     total = sum(path.stat().st_size for path in (tmp_path / "megatron/state").glob("*.distcp"))

@@ -28,19 +28,20 @@ MATRIX = [
         sizes, marks=() if sizes in PAIRWISE else pytest.mark.full, id="TP{}-PP{}-EP{}".format(*sizes)
     )
     for sizes in product((1, 2, 4), (1, 2), (1, 2))
-]
+] + [pytest.param((1, 2, 2, 2), id="TP1-PP2-EP2-VPP2")]
 
 
-def layout_for(folder: Path, tensor: int, pipeline: int, expert: int) -> ParallelLayout:
+def layout_for(folder: Path, tensor: int, pipeline: int, expert: int, virtual: int = 1) -> ParallelLayout:
     """The layout with the fewest ranks; a dense model has two replicas where experts would be shared."""
     if read_architecture(folder).moe is None:
-        return ParallelLayout(tensor=tensor, pipeline=pipeline, data=expert)
+        return ParallelLayout(tensor=tensor, pipeline=pipeline, data=expert, virtual_pipeline=virtual)
     return ParallelLayout(
         tensor=tensor,
         pipeline=pipeline,
         data=expert if tensor == 1 else 1,
         expert=expert,
         sequence_parallel=tensor > 1,
+        virtual_pipeline=virtual,
     )
 
 
@@ -71,7 +72,9 @@ def test_import_gives_transformers_logits_and_export_the_same_bits(gloo, folder,
     assert_same(gloo, folder, folder, layout_for(folder, *sizes))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1), pytest.param((2, 2, 2), marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 1), (1, 2, 1, 2), pytest.param((2, 2, 2), marks=pytest.mark.full)], ids=str
+)
 def test_megatron_folder_gives_the_same(gloo, folder, tmp_path, sizes):
     hf_to_megatron(folder, tmp_path / "megatron")
     assert_same(gloo, tmp_path / "megatron", folder, layout_for(folder, *sizes))

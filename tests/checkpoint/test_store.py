@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_opd.checkpoint import store as store_module
-from megatron_opd.checkpoint.store import CheckpointStore, first_damaged_file, published, sharded_state
+from megatron_opd.checkpoint.checksums import first_damaged_file
+from megatron_opd.checkpoint.store import CheckpointStore, published, sharded_state
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
@@ -79,6 +80,8 @@ def test_the_same_layout_goes_on_bit_for_bit(gloo, models, tmp_path, layout, dis
         (ParallelLayout(tensor=2, pipeline=2), ParallelLayout(data=2)),
         (ParallelLayout(data=2), ParallelLayout(tensor=2, pipeline=2)),
         (ParallelLayout(pipeline=2, data=2), ONE),
+        (ParallelLayout(pipeline=2, virtual_pipeline=2), ParallelLayout(tensor=2)),
+        (ParallelLayout(data=2), ParallelLayout(pipeline=2, data=2, virtual_pipeline=2)),
     ],
     ids=str,
 )
@@ -168,6 +171,17 @@ def test_a_checkpoint_of_another_run_is_refused(gloo, models, tmp_path):
     gloo(1, _save_and_go_on, ONE, models, tmp_path)
     with pytest.raises(UserError, match="belongs to a run with seed = 0, this one has 1"):
         gloo(1, _resume_with, models, tmp_path, OptimizerConfig(), "1")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_whole_and_sharded_optimizers_do_not_mix(gloo, models, tmp_path, saved):
+    gloo(1, _save_and_go_on, ONE, models, tmp_path, optimizer=OptimizerConfig(distributed=saved))
+    other = OptimizerConfig(distributed=not saved)
+    expected = (
+        f"was saved with {str(saved).lower()}, which this run cannot load: set it to {str(saved).lower()} "
+    )
+    with pytest.raises(UserError, match=f"optimizer.distributed: .*{expected}"):
+        gloo(1, _resume, ONE, models, tmp_path, optimizer=other)
 
 
 def _bytes_to_write(layout: ParallelLayout, models: Path) -> int:

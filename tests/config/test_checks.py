@@ -45,6 +45,7 @@ def config(**sections: dict[str, Any]) -> Config:
         ({"tensor": 4, "pipeline": 3}, 12),
         ({"tensor": 2, "sequence_parallel": True, "data": 3}, 6),
         ({"pipeline": 24}, 24),
+        ({"pipeline": 4, "virtual_pipeline": 6}, 4),
     ],
 )
 def test_layouts_that_fit(parallel: dict[str, Any], world_size: int) -> None:
@@ -85,6 +86,15 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         check_layout(config(parallel=parallel), Sizes(), teacher, 2)
 
 
+def test_a_balancing_loss_needs_experts_in_the_student() -> None:
+    balanced = config(training={"moe_aux_loss": 0.01})
+    check_layout(balanced, EXPERTS, Sizes(), 1)
+    with pytest.raises(
+        UserError, match=r"^training\.moe_aux_loss: the student has no experts.*leave it null$"
+    ):
+        check_layout(balanced, Sizes(), EXPERTS, 1)
+
+
 @pytest.mark.parametrize(
     ("sections", "world_size", "expected"),
     [
@@ -95,6 +105,16 @@ def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Size
         ),
         ({"parallel": {"tensor": 8}}, 8, r"parallel\.tensor: 8 .*4 key-value heads of the student"),
         ({"parallel": {"pipeline": 5}}, 5, r"parallel\.pipeline: 5 .*24 layers of the student"),
+        (
+            {"parallel": {"pipeline": 4, "virtual_pipeline": 4}},
+            4,
+            r"parallel\.virtual_pipeline: 4 .* 6 layers of the student in a .* process: use one of 1, 2, 3, 6",
+        ),
+        (
+            {"parallel": {"virtual_pipeline": 2}},
+            1,
+            r"parallel\.virtual_pipeline: needs parallel\.pipeline > 1: set it to 1",
+        ),
         ({"parallel": {"pipeline": 2, "data": 2}}, 2, r"parallel: .* is 4, but 2 processes run"),
         ({"parallel": {"pipeline": 2}}, 3, r"parallel: .* is 2, which does not divide the 3 processes"),
         (

@@ -118,7 +118,9 @@ def test_a_section_that_may_be_null(write: Any) -> None:
     assert given.reference is not None and given.reference.path == Path.home() / "base"
     assert load_config(path, ["reference=null"]).reference is None
     assert load_config(write(MINIMAL + "reference:\n")).reference is None
-    assert load_config(write(MINIMAL), ["reference.path=${student.path}"]).reference == given.student
+    assert load_config(
+        write(MINIMAL), ["reference.path=${student.path}"]
+    ).reference == given.teacher.model_copy(update={"path": given.student.path})
 
 
 def test_changed_keys(write: Any) -> None:
@@ -128,6 +130,7 @@ def test_changed_keys(write: Any) -> None:
     assert set(changed_keys(plain, other)) == {
         "seed: 0 -> 1",
         "reference.path: None -> base",
+        "reference.offload: None -> False",
         "objective.mask.tokens: [] -> ['a']",
     }
     assert "reference.path: base -> None" in changed_keys(other, plain)
@@ -201,7 +204,7 @@ def test_home_is_expanded_and_other_paths_stay(write: Any, monkeypatch: pytest.M
         ("objective.mask.zzz=1", r"section 'objective\.mask' has the keys tokens, occurrences, truncated"),
         ("reference.pth=x", r"unknown key 'reference\.pth' .*did you mean 'reference\.path'"),
         ("reference={}", r"^missing key 'reference\.path'"),
-        ("reference=base", r"^reference: expected a section with the keys path, got 'base'"),
+        ("reference=base", r"^reference: expected a section with the keys path, offload, got 'base'"),
         (
             "objective.gate=aopd",
             r"^objective\.gate: expected a section with the keys kind, tau, .*got 'aopd'",

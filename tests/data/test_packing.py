@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opd.data.loss_mask import LossMask
-from megatron_opd.data.packing import Microbatch, count_loss_tokens, pack
+from megatron_opd.data.packing import Microbatch, count_loss_tokens, count_tokens, pack
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.objectives import zigzag_positions
@@ -113,7 +113,10 @@ def test_each_segment_is_one_rollout_without_its_last_token(rollouts, layout):
                 end = int(mask.nonzero().max()) + 1
                 found[(tuple(m.tokens_T[segment][:end].tolist()), int(mask.sum()))] += 1
                 assert not m.tokens_T[segment][end:].any()  # the rest is padding
+                assert m.padding_T[segment].tolist() == [False] * end + [True] * (len(mask) - end)
     kept = [r for r in rollouts if r.response_ids]
+    tokens = sum(len(r.prompt_ids) + len(r.response_ids) - 1 for r in kept)
+    assert count_tokens(m for rank in packed for m in rank) == tokens
     assert found == Counter(((*r.prompt_ids, *r.response_ids[:-1]), len(r.response_ids)) for r in kept)
 
 
@@ -172,6 +175,7 @@ def test_one_microbatch_by_hand():
     assert m.targets_T.tolist() == [0, 3, 4, 5, 0, 0]
     assert m.mask_T.tolist() == [False, True, True, True, False, False]
     assert m.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5]
+    assert m.padding_T.tolist() == [False, False, False, False, True, True]
     assert m.rollout_logprobs_T.tolist() == [0.0, -1 / 128, -2 / 128, -3 / 128, 0.0, 0.0]
     assert m.cu_seqlens.tolist() == [0, 6]
 
@@ -222,11 +226,23 @@ def test_a_rank_that_cannot_split_runs_an_empty_microbatch_last():
     assert [[count_loss_tokens([m]) for m in rank] for rank in packed] == [[9, 0], [8, 7]]
 
 
+def test_microbatches_come_in_groups():
+    """As an interleaved pipeline needs them: the largest are split, empty ones are added last."""
+    rollouts = [rollout([1], [2] * length, name) for name, length in enumerate([9, 8, 7])]
+
+    def counts(budget: int, multiple: int) -> list[int]:
+        (packed,) = pack(rollouts, dp_size=1, token_budget=budget, count_multiple=multiple)
+        return [count_loss_tokens([m]) for m in packed]
+
+    assert counts(30, 1) == [24] and counts(30, 2) == [9, 15]
+    assert counts(30, 4) == counts(10, 2) == [9, 8, 7, 0]
+
+
 def test_a_rank_without_rollouts_runs_one_empty_microbatch():
     packed = pack([rollout([1], [2, 3])], dp_size=2, token_budget=8, alignment=4)
     assert [count_loss_tokens(rank) for rank in packed] == [2, 0]
     (empty,) = packed[1]
-    assert empty.cu_seqlens.tolist() == [0, 4] and not empty.mask_T.any()
+    assert empty.cu_seqlens.tolist() == [0, 4] and not empty.mask_T.any() and empty.padding_T.all()
 
 
 def test_no_rollouts_at_all():

@@ -41,7 +41,7 @@ def alive(folder: Path) -> list[int]:
 
 
 def launch(behaviour: str, folder: Path, processes: int = 2) -> Outcome:
-    outcome = run_workers([str(WORKER), behaviour, str(folder)], processes)
+    outcome = run_workers([str(WORKER), behaviour, str(folder)], processes, if_killed="mend it")
     assert not alive(folder)
     return outcome
 
@@ -67,7 +67,7 @@ def test_threads_that_the_user_chose_stay(
     [
         ("mistake-on-1", Outcome(2, "bad key seen by rank 1")),
         ("usage", Outcome(2)),
-        ("killed", Outcome(1, "rank 1 was killed by SIGKILL: start the same command again to resume")),
+        ("killed", Outcome(1, "rank 1 was killed by SIGKILL: mend it")),
     ],
 )
 def test_failures_leave_the_message_to_the_caller(

@@ -19,6 +19,8 @@ LAYOUTS = [
     ParallelLayout(data=2),
     ParallelLayout(tensor=2, pipeline=2),
     ParallelLayout(pipeline=2, data=2),
+    ParallelLayout(pipeline=2, virtual_pipeline=2),
+    ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2),
     ParallelLayout(context=2, data=2),  # context-parallel ranks are replicas to the engine
 ]
 SAMPLING = Sampling(max_new_tokens=10, seed=3, n=2)
@@ -44,6 +46,7 @@ EXPERT_LAYOUTS = [
     ParallelLayout(tensor=2, sequence_parallel=True),
     ParallelLayout(tensor=2, sequence_parallel=True, data=2, expert=4),
     ParallelLayout(pipeline=2, data=2, expert=2),
+    ParallelLayout(pipeline=2, data=2, expert=2, virtual_pipeline=2),
     ParallelLayout(context=2, expert=2),
 ]
 

@@ -75,7 +75,7 @@ def test_everything_is_prepared_once(calls):
 def test_an_interrupted_step_is_done_again(calls, monkeypatch):
     console = Console(file=io.StringIO())
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart.prune_layers, "save_file", lambda *a, **k: 1 / 0)
+        patch.setattr(quickstart.prune_layers.SafetensorsFiles, "write", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quickstart.prepare(console)
     assert not quickstart.STUDENT_HF.exists()

@@ -122,6 +122,20 @@ def test_two_updates_a_step(gloo, inputs, tmp_path):
     assert rows[1]["reverse_kl"] != alone[1]["reverse_kl"]
 
 
+def test_an_interleaved_pipeline_gives_the_same_steps(gloo, inputs, tmp_path):
+    """Drawing, the teacher, the reference, the stored log-probabilities: all go through both chunks of each rank."""
+    changes = {
+        "objective__preset": "exopd",
+        "reference__path": inputs / "student",
+        "training__updates_per_rollout": 2,
+    }
+    expected = gloo(1, steps, inputs, tmp_path / "one", **changes)[0]
+    interleaved = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
+    for rows in gloo(2, steps, inputs, tmp_path / "two", **changes, **interleaved):
+        for row, want in zip(rows, expected, strict=True):
+            assert row == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("preset", ["iw-opd-exact", "gkd", "aopd"])
 def test_a_head_in_chunks_gives_the_same_steps(gloo, inputs, tmp_path, preset):
     whole = gloo(1, steps, inputs, tmp_path / "whole", objective__preset=preset)[0]

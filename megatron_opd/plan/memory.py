@@ -1,0 +1,280 @@
+"""Bytes of a rank by part, and in which phase of a step the most of them are alive together.
+
+Always there: weights, gradients and optimizer state of the student, weights of teacher and reference. Besides, one
+phase at a time: `rollout` (cache of keys and values, logits, copies of weights), `scoring` (the teacher's pass and its
+payload) and `training` (payload, activations, objective). Formulas stand with each function.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_opd.kernels.torch_streaming import CPU_BLOCK_ELEMENTS
+from megatron_opd.objectives.logits import CPU_WEIGHT_GRADIENT_ELEMENTS, DEVICE_WEIGHT_GRADIENT_ELEMENTS
+from megatron_opd.plan.activations import kept_by_chunk, kept_by_layer, recomputed_attention
+from megatron_opd.plan.parameters import Parameter, chunks_of_stage, stage_parameters
+from megatron_opd.plan.setting import Pack, Setting
+from megatron_opd.rollout.local import PROMPT_TOKENS
+
+_FP32 = 4
+_STATISTICS = (
+    400  # bytes a loss token, and a token and id of a top-K support: what tests/objectives/test_memory.py
+)
+_SUPPORT = 250  # holds the objectives to
+PHASES = ("rollout", "scoring", "training")
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of the fullest rank of a pipeline stage: parts that stay, and those of each phase."""
+
+    stage: int
+    always: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def phase(self) -> str:
+        """The phase with the most."""
+        return max(PHASES, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What is alive at the peak."""
+        return {**self.always, **self.phases[self.phase]}
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+def stage_memory(setting: Setting, stage: int) -> StageMemory:
+    """Of the fullest rank of this pipeline stage."""
+    student = stage_parameters(setting.student, setting.layout, setting.padded_vocab, stage)
+    weights, gradients, state = trained_bytes(setting, student)
+    always = {"student weights": weights, "gradients": gradients, "optimizer state": state}
+    frozen = {"teacher weights": setting.teacher, "reference weights": setting.reference}
+    for name, arch in frozen.items():
+        if arch is not None:
+            held = stage_parameters(arch, setting.layout, setting.padded_vocab, stage)
+            always[name] = setting.bytes_per_value * sum(p.numel for chunk in held for p in chunk)
+    phases = {
+        "rollout": _rollout(setting, stage, student),
+        "scoring": _scoring(setting, stage),
+        "training": _training(setting, stage, student),
+    }
+    return StageMemory(stage, always, phases)
+
+
+def buckets(
+    parameters: Sequence[Parameter], ranks: int, distributed: bool
+) -> list[tuple[int, list[tuple[int, int]]]]:
+    """megatron-core's gradient buffer of these parameters: (end of the bucket, (start, end) of each parameter).
+
+    Parameters lie in it in reverse order. With the distributed optimizer each starts at a multiple of 64, a bucket
+    ends at a multiple of lcm(ranks, 128), and an embedding shared by two stages has a bucket of its own.
+    """
+    alignment, multiple = (64, math.lcm(ranks, 128)) if distributed else (1, 1)
+    done: list[tuple[int, list[tuple[int, int]]]] = []
+    spans: list[tuple[int, int]] = []
+    end = 0
+
+    def close() -> None:
+        nonlocal end, spans
+        end = -(-end // multiple) * multiple
+        done.append((end, spans))
+        spans = []
+
+    for parameter in reversed(parameters):
+        alone = distributed and parameter.shared_embedding
+        start = -(-end // alignment) * alignment
+        if alone and spans:
+            end = start
+            close()
+            start = end
+        end = start + parameter.numel
+        spans.append((start, end))
+        if alone:
+            close()
+    if spans:
+        close()
+    return done
+
+
+def trained_bytes(setting: Setting, chunks: Sequence[Sequence[Parameter]]) -> tuple[int, int, int]:
+    """(weights, gradients, optimizer state) of the fullest rank that holds these chunks.
+
+    Gradients: float32, in megatron-core's buffers. Weights: with the distributed optimizer they lie in buffers of the
+    same length. State: two float32 moments with Adam, none with SGD, and for bf16 weights float32 masters; of all
+    parameters, or with the distributed optimizer of an equal part of every bucket.
+    """
+    distributed, value = setting.distributed_optimizer, setting.bytes_per_value
+    per_number = (8 if setting.config.optimizer.name == "adam" else 0) + (4 if value < _FP32 else 0)
+    weights = gradients = state = 0
+    for chunk in chunks:
+        for expert, ranks in ((False, setting.data_ranks), (True, setting.expert_data_ranks)):
+            parameters = [parameter for parameter in chunk if parameter.expert == expert]
+            if not parameters:
+                continue
+            found = buckets(parameters, ranks, distributed)
+            length = found[-1][0]
+            weights += value * length
+            gradients += _FP32 * length
+            state += per_number * (_largest_share(found, ranks) if distributed else length)
+    return weights, gradients, state
+
+
+def _largest_share(found: list[tuple[int, list[tuple[int, int]]]], ranks: int) -> int:
+    """Numbers of the rank whose parts of the buckets hold the most, padding left out."""
+    totals = [0] * ranks
+    begin = 0
+    for end, spans in found:
+        part = (end - begin) // ranks
+        for start, stop in spans:
+            for rank in range((start - begin) // part, min((stop - 1 - begin) // part + 1, ranks)):
+                low = begin + rank * part
+                totals[rank] += max(0, min(stop, low + part) - max(start, low))
+        begin = end
+    return max(totals)
+
+
+def kv_cache(setting: Setting, layers: int) -> int:
+    """2 * layers * sequences * (P + R - 1) * G numbers: the last token of a response is never an input."""
+    arch, work = setting.student, setting.workload
+    width = arch.num_kv_groups * arch.head_dim // setting.layout.tensor
+    slots = work.prompt + work.response - 1
+    return 2 * layers * work.decoded_together * slots * width * setting.bytes_per_value
+
+
+def _rollout(setting: Setting, stage: int, chunks: Sequence[Sequence[Parameter]]) -> dict[str, int]:
+    """The cache, copies of weights, and the larger of a prompt pass and of drawing from logits.
+
+    Experts under expert parallelism: a replica gathers all of the stage's, dealt out over its tensor-parallel ranks.
+    On a CPU every matrix is copied in another order. A prompt pass holds at most `PROMPT_TOKENS` tokens (a longer
+    prompt alone) and what one layer would keep. Drawing holds the shards and the whole of the logits [B, V] in the
+    weights' dtype and two float32 copies.
+    """
+    arch, work, layout = setting.student, setting.workload, setting.layout
+    layers = sum(chunk.layers for chunk in chunks_of_stage(arch, layout, stage))
+    value = setting.bytes_per_value
+    experts = sum(parameter.numel for chunk in chunks for parameter in chunk if parameter.expert)
+    all_experts = experts * layout.expert // layout.tensor
+    dense = sum(
+        parameter.numel
+        for chunk in chunks
+        for parameter in chunk
+        if parameter.matrix and not parameter.expert
+    )
+    if setting.kernels == "cpu":
+        copies = value * (dense + all_experts)
+    else:
+        copies = value * all_experts if layout.expert > 1 else 0
+    tokens = max(work.prompt, min(PROMPT_TOKENS, work.prompt * work.prompts))
+    prompts = Pack(tokens, 0, tokens, work.prompt)
+    shared = 1 if layout.tensor == 1 else 2
+    drawing = work.decoded_together * setting.padded_vocab * (shared * value + 2 * _FP32)
+    last = stage == layout.pipeline - 1
+    return {
+        "key-value cache": kv_cache(setting, layers),
+        "weights for decoding": copies,
+        "working set": max(kept_by_layer(setting, arch, prompts), drawing if last else 0),
+    }
+
+
+def _scoring(setting: Setting, stage: int) -> dict[str, int]:
+    """The payload of all updates, and what one layer of the largest model that scores would keep.
+
+    Log-probs of the student or the reference as they were: its hidden states at the loss tokens of all microbatches
+    of an update, and with logits as a whole those of a microbatch.
+    """
+    work, value = setting.workload, setting.bytes_per_value
+    models = [setting.teacher, *([setting.reference] if setting.reference else [])]
+    later = setting.config.training.updates_per_rollout > 1 and setting.objective.reads_old_logprobs
+    scored = [*([setting.student] if later else []), *([setting.reference] if setting.reference else [])]
+    hidden = logits = 0
+    if scored and stage == setting.layout.pipeline - 1:
+        tokens = work.pack.loss_tokens * work.microbatches // setting.layout.context
+        hidden = max(arch.hidden_size for arch in scored) * tokens * value
+        logits = _chunk(setting, work.fullest) * setting.vocab_shard * value
+    layer = max(kept_by_layer(setting, arch, work.fullest) for arch in [*models, *scored])
+    return {
+        "teacher payload": _payload(setting, stage),
+        "hidden states": hidden,
+        "working set": max(layer, logits),
+    }
+
+
+def _payload(setting: Setting, stage: int) -> int:
+    """Hidden states at the loss tokens of all microbatches of a step, of the last stage's ranks: N * Dt numbers."""
+    if stage != setting.layout.pipeline - 1:
+        return 0
+    work = setting.workload
+    tokens = work.sequences * work.response // setting.layout.context
+    return tokens * setting.teacher.hidden_size * setting.bytes_per_value
+
+
+def in_flight(setting: Setting, stage: int) -> float:
+    """Microbatches whose activations a stage holds at once, 1F1B: as many as stages follow, and one.
+
+    Interleaved: of its VPP chunks, 2 for every stage that follows and PP for every chunk but one, and one more; a
+    chunk counts as 1 / VPP microbatches.
+    """
+    layout, count = setting.layout, setting.workload.microbatches
+    after = layout.pipeline - stage - 1
+    if layout.virtual_pipeline == 1:
+        return min(count, after + 1)
+    chunks = 2 * after + (layout.virtual_pipeline - 1) * layout.pipeline + 1
+    return min(count * layout.virtual_pipeline, chunks) / layout.virtual_pipeline
+
+
+def _training(setting: Setting, stage: int, parameters: Sequence[Sequence[Parameter]]) -> dict[str, int]:
+    """Payload, activations of all microbatches in flight, and the larger of two things that are never there together:
+    the objective with the head's gradient, and the backward pass of a layer.
+
+    The latter computes again what the recompute policy has left out of a layer, and makes the gradient of its largest
+    weight in the weights' dtype before it is added to the float32 ones.
+    """
+    arch, layout, pack = setting.student, setting.layout, setting.workload.fullest
+    chunks = chunks_of_stage(arch, layout, stage)
+    kept = sum(kept_by_chunk(setting, arch, pack, chunk) for chunk in chunks)
+    recompute = setting.config.training.recompute
+    again = {"none": 0, "selective": recomputed_attention(setting, arch, pack)}
+    again["full"] = kept_by_layer(setting, arch, pack)
+    largest = max(parameter.numel for chunk in parameters for parameter in chunk)
+    layer = again[recompute] + setting.bytes_per_value * largest
+    head = objective_buffers(setting, pack) if stage == layout.pipeline - 1 else 0
+    return {
+        "teacher payload": _payload(setting, stage),
+        "activations": math.ceil(kept * in_flight(setting, stage)),
+        "objective": head if head >= layer else 0,
+        "working set": layer if layer > head else 0,
+    }
+
+
+def _chunk(setting: Setting, pack: Pack) -> int:
+    """Loss tokens whose logits exist at once."""
+    tokens = pack.loss_tokens // setting.layout.context
+    return min(setting.config.objective.head_chunk or tokens, tokens)
+
+
+def objective_buffers(setting: Setting, pack: Pack) -> int:
+    """On the last stage, of N loss tokens: the student's hidden states [N, H] and their gradient, statistics, and
+
+    - logits shards of student and teacher [N, V/TP] (the gradient is written into the student's), on a CPU with three
+      float32 blocks of the kernels; or, later, one of them with the gradient of the head [V/TP, H];
+    - with `head_chunk` the logits of a chunk only, the block of the head's gradient that is computed at once, and zeros
+      that stand for the head's gradient.
+    """
+    section, value = setting.config.objective, setting.bytes_per_value
+    tokens = pack.loss_tokens // setting.layout.context
+    cpu, hidden = setting.kernels == "cpu", setting.student.hidden_size
+    logits = _chunk(setting, pack) * setting.vocab_shard
+    blocks = 3 * _FP32 * min(CPU_BLOCK_ELEMENTS, logits) if cpu else 0
+    head = value * setting.vocab_shard * hidden
+    size = 2 * value * tokens * hidden + _STATISTICS * tokens
+    if setting.objective.support != "full":
+        size += _SUPPORT * tokens * (section.k + 1)
+    if section.head_chunk is None:
+        return size + max(2 * value * logits + blocks, value * logits + head)
+    block = CPU_WEIGHT_GRADIENT_ELEMENTS if cpu else DEVICE_WEIGHT_GRADIENT_ELEMENTS
+    return size + 2 * value * logits + max(blocks, value * min(block, setting.vocab_shard * hidden), head)

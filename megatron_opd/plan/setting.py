@@ -1,0 +1,143 @@
+"""What is planned: a checked configuration with its models and layout, and how many tokens a step has."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from megatron_opd.config.schema import Config
+from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.gpt import DTYPES
+from megatron_opd.objectives import Objective
+from megatron_opd.parallel.groups import ParallelLayout
+from megatron_opd.preflight import check_models
+from megatron_opd.training.job import layout_of
+
+Kernels = Literal["cpu", "torch", "transformer-engine"]
+"""Which kernels a layer runs on: torch's on a CPU, torch's on a GPU, the same with transformer-engine's attention."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed microbatch. `padded` positions are those of attention, whose segments are padded to `longest`."""
+
+    tokens: int
+    loss_tokens: int
+    padded: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a replica has to do in a step. Rollouts are dealt over the data- and context-parallel ranks, training
+    over the data-parallel ones."""
+
+    prompt: int  # tokens of a prompt
+    response: int  # tokens of a response
+    prompts: int  # that a generating replica draws responses to
+    generated: int  # responses that it draws
+    decoded_together: int  # at most
+    sequences: int  # that a training replica learns from
+    updates: int  # optimizer updates
+    microbatches: int  # of an update
+    pack: Pack  # the mean of the microbatches
+    fullest: Pack  # a microbatch filled to its budget, which the memory is planned for
+
+    @classmethod
+    def of(cls, config: Config, layout: ParallelLayout) -> "Workload":
+        """Every prompt and response as long as the configuration allows: an upper bound of memory and time.
+
+        A sequence enters training without its last token. A microbatch holds as many whole sequences as fit its
+        budget; for the memory it is full, as it is when lengths differ, unless the update has fewer tokens.
+        """
+        rollout, training = config.rollout, config.training
+        prompt, response = config.data.max_prompt_tokens, rollout.max_new_tokens
+        prompts = -(-rollout.prompts_per_step // (layout.data * layout.context))
+        generated = prompts * rollout.samples_per_prompt
+        sequences = rollout.prompts_per_step * rollout.samples_per_prompt // layout.data
+        alignment = layout.segment_alignment
+        length = -(-(prompt + response - 1) // alignment) * alignment
+        of_update = -(-sequences // training.updates_per_rollout)
+        fitting = max(1, training.microbatch_tokens // length)
+        count, multiple = -(-of_update // fitting), layout.microbatch_multiple
+        microbatches = -(-count // multiple) * multiple
+        total = of_update * length
+        fullest = min(training.microbatch_tokens, total)
+        return cls(
+            prompt=prompt,
+            response=response,
+            prompts=prompts,
+            generated=generated,
+            decoded_together=min(rollout.max_batch or generated, generated),
+            sequences=sequences,
+            updates=training.updates_per_rollout,
+            microbatches=microbatches,
+            pack=Pack(
+                total // microbatches, of_update * response // microbatches, total // microbatches, length
+            ),
+            fullest=Pack(fullest, -(-fullest * response // length), fullest, length),
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run on a kind of device. `layout.data` is filled in."""
+
+    config: Config
+    student: Architecture
+    teacher: Architecture
+    reference: Architecture | None
+    objective: Objective
+    layout: ParallelLayout
+    workload: Workload
+    kernels: Kernels
+
+    @classmethod
+    def of(cls, config: Config, processes: int, kernels: Kernels) -> "Setting":
+        """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
+        from what only its data and run directory can show."""
+        checked = check_models(config, processes)
+        layout = layout_of(checked.parallel)
+        return cls(
+            config=config,
+            student=checked.student,
+            teacher=checked.teacher,
+            reference=checked.reference,
+            objective=checked.objective,
+            layout=layout,
+            workload=Workload.of(config, layout),
+            kernels=kernels,
+        )
+
+    @cached_property
+    def padded_vocab(self) -> int:
+        """Rows of every embedding and head: all models are padded to the same number."""
+        models = (self.student, self.teacher, self.reference)
+        return max(arch.padded_vocab_size(self.layout.tensor) for arch in models if arch is not None)
+
+    @property
+    def vocab_shard(self) -> int:
+        """Columns of a rank's logits."""
+        return self.padded_vocab // self.layout.tensor
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Of weights and of most activations."""
+        return DTYPES[self.config.precision].itemsize
+
+    @property
+    def distributed_optimizer(self) -> bool:
+        """Whether the optimizer's state is sharded, as `training.student` decides it."""
+        optimizer = self.config.optimizer
+        if optimizer.distributed is not None:
+            return optimizer.distributed
+        return optimizer.name == "adam" and self.data_ranks > 1
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that hold the same dense weights and share their gradients: data times context parallel."""
+        return self.layout.data * self.layout.context
+
+    @property
+    def expert_data_ranks(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.layout.tensor * self.data_ranks // self.layout.expert

@@ -1,0 +1,66 @@
+"""`megatron-opd plan`: its report, its exit codes, and that it asks for no more than the models' config.json."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_opd.cli import main
+
+ROOT = Path(__file__).parents[1]
+PLANS = sorted((ROOT / "examples/plans").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *arguments])
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_shipped_plans_fit_and_their_reports_are_current(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(str(path.relative_to(ROOT))) == 0
+    report = capsys.readouterr().out
+    assert report.strip() in (ROOT / "examples/plans/README.md").read_text(), "print it again into the README"
+    lines = report.splitlines()
+    assert sum(line.startswith(("memory: fits", "time: ")) for line in lines) == 2
+    assert max(map(len, lines)) < 200 and not (ROOT / "prompts.jsonl").exists()
+
+
+def test_json_is_one_object_whose_parts_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(str(PLANS[0]), "--json", "rollout.max_batch=8") == 0
+    told = json.loads(capsys.readouterr().out)
+    for stage in told["memory"]:
+        assert stage["total"] == sum(stage["always"].values()) + sum(stage["phases"][stage["peak"]].values())
+    assert told["step_seconds"] == pytest.approx(sum(sum(span.values()) for span in told["seconds"].values()))
+    assert told["fits"] is True and told["layout"]["processes"] == 512
+
+
+def test_what_does_not_fit_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "examples/plans/qwen3-30b-a3b-to-4b.yaml"
+    assert run(path, "rollout.max_batch=null", "--hardware", "a100-80gb") == 1
+    told = capsys.readouterr().out
+    assert "DOES NOT FIT" in told and "tried, and smaller" in told
+    assert run(path, "rollout.max_batch=null", "--hardware", "h200-141gb") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["parallel.tensor=8"], "parallel.tensor: 8 does not divide the 4 key-value heads of the teacher"),
+        (["--processes", "30"], "but 30 processes run"),
+        (["student.path=nowhere"], "student.path: model folder not found"),
+        (["--hardware", "h1000"], "--hardware: h1000 is no file"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("examples/plans/qwen3-30b-a3b-to-4b.yaml", *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert said in error[-1] and error[-1].startswith("error: ")
