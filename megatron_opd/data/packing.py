@@ -91,8 +91,7 @@ def pack(
             f"tokens (prompt, response and padding); set it to {max(lengths)} or more"
         )
     bins_by_rank = [_fill_bins(share, lengths, token_budget) for share in _deal(lengths, dp_size)]
-    most = max(1, *(len(bins) for bins in bins_by_rank))
-    count = -(-most // count_multiple) * count_multiple
+    count = -(-max(1, *map(len, bins_by_rank)) // count_multiple) * count_multiple
     return [
         [_build([kept[i] for i in members], alignment) for members in _spread(bins, lengths, count)]
         for bins in bins_by_rank

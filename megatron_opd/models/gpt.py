@@ -178,10 +178,8 @@ def build_gpt(
     """This rank's model chunks in the order of their layers: one, its pipeline stage, unless they are interleaved.
 
     In the precision's dtype, parameters NOT yet loaded (checkpoint.weights fills them). The first rank's first chunk
-    has the embedding, the last rank's last one the LM head.
-
-    With tied embeddings and several stages it is collective over the first and last stage (megatron-core copies the
-    embedding); otherwise it needs no communication.
+    has the embedding, the last rank's last one the LM head. With tied embeddings and several stages it is collective
+    over the first and last stage (megatron-core copies the embedding); otherwise it needs no communication.
     """
     config = transformer_config(arch, layout, precision=precision, recompute=recompute)
     tp_rank, pp_rank = groups.tp.rank(), groups.pp.rank()

@@ -33,16 +33,13 @@ def run_schedule(
 
     Collectives: between chunks one send/receive a microbatch and direction, and one for its shape.
     """
-    communicator = {}
-    run = forward_backward_no_pipelining
+    run, communicator = forward_backward_no_pipelining, {}
     if groups.pp.size() > 1:
-        communicator = {"p2p_communicator": P2PCommunicator(groups.pp, get_model_config(chunks[0]))}
         run = forward_backward_pipelining_without_interleaving
-        if len(chunks) > 1:
-            assert len(inputs) % groups.pp.size() == 0, (
-                "microbatches of an interleaved pipeline come in groups"
-            )
-            run = forward_backward_pipelining_with_interleaving
+        communicator = {"p2p_communicator": P2PCommunicator(groups.pp, get_model_config(chunks[0]))}
+    if len(chunks) > 1:
+        assert len(inputs) % groups.pp.size() == 0, "an interleaved pipeline takes microbatches in groups"
+        run = forward_backward_pipelining_with_interleaving
     with torch.set_grad_enabled(not forward_only):
         return run(
             forward_step_func=forward_step,
