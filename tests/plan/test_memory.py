@@ -18,6 +18,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "TP2 SP": SP,
     "PP2": {"parallel__pipeline": 2, "training__microbatch_tokens": 256},
     "CP2": {"parallel__context": 2},
+    "PP2 VPP2": {
+        "parallel__pipeline": 2,
+        "parallel__virtual_pipeline": 2,
+        "training__microbatch_tokens": 256,
+    },
     "DP2": {"parallel__data": 2, "objective__head_chunk": 64},
     "DP2, not distributed": {"parallel__data": 2, "optimizer__distributed": False, "optimizer__name": "sgd"},
 }

@@ -20,6 +20,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "TP2 SP recompute": {**SP, "training__recompute": "full"},
     "PP2": {"parallel__pipeline": 2},
     "CP2": {"parallel__context": 2},
+    "PP2 VPP2": {
+        "parallel__pipeline": 2,
+        "parallel__virtual_pipeline": 2,
+        "training__microbatch_tokens": 256,
+    },
     "DP2": {"parallel__data": 2},
     "DP2, not distributed": {"parallel__data": 2, "optimizer__distributed": False},
 }

@@ -125,7 +125,7 @@ class Built:
     setting: Setting
     student: Student
     objective: ObjectivePass
-    microbatches: Sequence[Microbatch]
+    microbatches: Sequence[Microbatch]  # of this rank; its share of them under context parallelism
     scale: UpdateScale
 
     @classmethod
@@ -168,7 +168,7 @@ class Built:
             alignment=layout.segment_alignment,
             count_multiple=layout.microbatch_multiple,
         )
-        mine = [one.shard(groups.cp.rank(), groups.cp.size()) for one in packed[groups.dp.rank()]]
+        mine = [each.shard(groups.cp.rank(), groups.cp.size()) for each in packed[groups.dp.rank()]]
         return cls(setting, student, head, mine, UpdateScale.of(packed))
 
     def scored(self) -> Update:
@@ -201,6 +201,11 @@ def measure(config: Config) -> Measured:
     built.update(update)
     built.student.start_step()
     built.student.apply_gradients()
+    return measured(built, update)
+
+
+def measured(built: Built, update: Update) -> Measured:
+    """Bytes of this rank in an update, which it runs, that is not the first. Collective."""
     peak = peak_extra(partial(built.update, update))
     student, teacher = built.student, built.objective.teacher
     weights = [parameter.data for chunk in student.chunks for parameter in chunk.parameters()]

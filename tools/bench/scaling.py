@@ -32,15 +32,15 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_opd.config.schema import Config
 from megatron_opd.plan.flops import stage_flops
 from megatron_opd.plan.memory import stage_memory
 from megatron_opd.plan.setting import Setting
 from megatron_opd.plan.traffic import stage_traffic
-from rich.console import Console
-from rich.table import Table
 from tools.bench.plan_check import Built, Measured, Sizes, config_of, measured, save_configs, training_parts
-
-from megatron_opd.config.schema import Config
 from tools.bench.traffic import Volume, by_group, group_names, recorded_traffic
 
 MIB = 2**20
