@@ -12,5 +12,5 @@ it is computed:
 - `plan`: all of it together, of every pipeline stage. `advice`: changes that help, found by planning them too.
 - `table`: the report.
 
-Nothing here starts a process group, and nothing else of the package imports this one.
+Nothing here starts a process group. Only the command line imports from here (and the benches, which measure the same).
 """
