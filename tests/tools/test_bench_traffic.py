@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
+from megatron_opd.parallel import cpu
 from tools.bench.traffic import Call, Volume, by_group, group_names, recorded_traffic
 
 RANKS = 4
@@ -46,6 +47,7 @@ def test_collectives(gloo):
 
 
 def _autograd_and_sends() -> tuple[list[Call], list[Call], int]:
+    cpu.install()
     other, x = 1 - dist.get_rank(), torch.ones(6, 1, requires_grad=True)
     with recorded_traffic() as collectives:
         gather_from_sequence_parallel_region(x, group=dist.group.WORLD).sum().backward()
