@@ -36,6 +36,7 @@ ROWS = [
     Row("untied", Layout(**SP2, data=2), head_chunk=7),
     Row("untied", Layout(**SP2, **VPP2)),
     Row("tied", Layout(**VPP2, data=2)),
+    Row("moe", Layout(**SP2)),  # every expert on both ranks, each sees half of the tokens
     Row("moe", Layout(**SP2, data=2, expert=2)),
     Row("moe", Layout(**VPP2, data=2, expert=2)),
     Row("untied", Layout(**SP2, context=2)),
@@ -65,7 +66,6 @@ ROWS = [
     Row("untied", Layout(context=2, data=2), recompute="full", full=True),
     Row("tied", Layout(**VPP2), precision="bf16", full=True),
     Row("tied", Layout(context=2), precision="bf16", full=True),
-    Row("moe", Layout(**SP2), full=True),  # every expert on both ranks, each sees half of the tokens
     Row("moe", Layout(data=2), full=True),
     Row("moe", Layout(**SP2, expert=2), full=True),
     Row("moe", Layout(context=2), full=True),
