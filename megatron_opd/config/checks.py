@@ -21,6 +21,8 @@ class ModelSizes(Protocol):
     @property
     def num_kv_groups(self) -> int: ...
     @property
+    def ffn_size(self) -> int: ...  # not read of a model with experts
+    @property
     def vocab_size(self) -> int: ...
     @property
     def num_experts(self) -> int: ...  # a layer; 0 for a dense model
@@ -186,16 +188,21 @@ def _check_microbatch(config: Config) -> None:
 
 
 def _check_divisible(parallel: ParallelConfig, models: dict[str, ModelSizes]) -> None:
-    """Heads and key-value heads over TP, layers over PP and its chunks, in every model."""
+    """Heads, key-value heads and dense layers' width over TP, layers over PP and its chunks, in every model."""
     heads = {f"attention heads of the {role}": model.num_heads for role, model in models.items()}
     groups = {f"key-value heads of the {role}": model.num_kv_groups for role, model in models.items()}
+    widths = {
+        f"feed-forward channels of the {role}": model.ffn_size
+        for role, model in models.items()
+        if not model.num_experts  # experts are never cut
+    }
     layers = {f"layers of the {role}": model.num_layers for role, model in models.items()}
     chunks = {
         f"layers of the {role} in a pipeline process": model.num_layers // parallel.pipeline
         for role, model in models.items()
     }
     for key, size, counts in (
-        ("parallel.tensor", parallel.tensor, heads | groups),
+        ("parallel.tensor", parallel.tensor, heads | groups | widths),
         ("parallel.pipeline", parallel.pipeline, layers),
         ("parallel.virtual_pipeline", parallel.virtual_pipeline, chunks),
     ):

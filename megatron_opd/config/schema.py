@@ -44,7 +44,7 @@ class FrozenModelConfig(ModelConfig):
 
 
 class ParallelConfig(Section):
-    """How the student is spread over processes. Ranks needed: tensor * pipeline * context * data."""
+    """How every model is spread over the processes. Processes needed: tensor * pipeline * context * data."""
 
     tensor: PositiveInt = Field(1, description="Processes that share the matrices of every layer (TP).")
     pipeline: PositiveInt = Field(1, description="Consecutive groups of layers, one a process (PP).")

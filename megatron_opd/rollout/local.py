@@ -1,7 +1,8 @@
 """`LocalEngine`: responses drawn on the training ranks, with the training model's own weights.
 
-A batched decoding loop with cached keys and values under tensor, pipeline and data parallelism. One rank of a replica
-(the first tensor-parallel rank of the last stage) draws the tokens and tells the others, so that they cannot disagree.
+A batched decoding loop with cached keys and values in the layout of the training. Tensor- and pipeline-parallel ranks
+together are a replica; every context- or data-parallel rank has its own. One rank of a replica (the first
+tensor-parallel rank of the last stage) draws the tokens and tells the others, so that they cannot disagree.
 
 Shapes: B sequences in the batch, N tokens of a pass, H hidden size, V padded vocabulary.
 """

@@ -2,6 +2,7 @@
 
 - `student`: the trained model with its DDP wrapper, optimizer and learning-rate schedule.
 - `update`: microbatches and teacher payloads -> loss, gradients, one optimizer step, statistics.
+- `score`: log-probabilities of the sampled tokens under a model as it is now.
 - `router_metrics`: how evenly a student with experts used them.
 - `job`: config -> the objects of a run (groups, student, teacher, engine, prompts).
 

@@ -21,6 +21,7 @@ class Sizes:
     vocab_size: int = 1000
     max_positions: int = 4096
     num_experts: int = 0
+    ffn_size: int = 64
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -84,6 +85,16 @@ def test_layouts_that_fit_experts(parallel: dict[str, Any], world_size: int) -> 
 def test_layouts_that_do_not_fit_experts(parallel: dict[str, Any], teacher: Sizes, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         check_layout(config(parallel=parallel), Sizes(), teacher, 2)
+
+
+def test_tensor_parallelism_cuts_the_feed_forward_part_of_dense_models_only() -> None:
+    halved = config(parallel={"tensor": 2, "sequence_parallel": True})
+    odd = Sizes(ffn_size=97)
+    check_layout(halved, replace(odd, num_experts=4), Sizes(), 2)
+    with pytest.raises(
+        UserError, match=r"^parallel\.tensor: 2 .*97 feed-forward channels of the student: use one of 1$"
+    ):
+        check_layout(halved, odd, Sizes(), 2)
 
 
 def test_a_balancing_loss_needs_experts_in_the_student() -> None:
