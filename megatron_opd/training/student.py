@@ -105,24 +105,7 @@ def build_student(
     shared = chunks[0].config
     ddps = [DistributedDataParallel(shared, ddp_config, chunk, pg_collection=groups) for chunk in chunks]
     optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer=config.name,
-            sgd_momentum=0.0,
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            bf16=precision == "bf16",
-            params_dtype=DTYPES[precision],
-            use_distributed_optimizer=distributed,
-            optimizer_cpu_offload=config.cpu_offload,
-            optimizer_offload_fraction=1.0,
-            overlap_cpu_optimizer_d2h_h2d=config.cpu_offload,
-            use_precision_aware_optimizer=config.cpu_offload,  # megatron-core offloads no other
-        ),
+        _optimizer_settings(config, precision, distributed),
         ddps,
         use_gloo_process_groups=False,
         pg_collection=groups,
@@ -133,6 +116,30 @@ def build_student(
     shared.no_sync_func = [ddp.no_sync for ddp in ddps] if len(ddps) > 1 else ddps[0].no_sync
     trained = [chunk.train() for chunk in chunks]
     return Student(trained, ddps, optimizer, _build_schedule(optimizer, config, steps), config)
+
+
+def _optimizer_settings(
+    config: OptimizerConfig, precision: str, distributed: bool
+) -> MegatronOptimizerConfig:
+    """Those of this run in megatron-core's words."""
+    return MegatronOptimizerConfig(
+        optimizer=config.name,
+        sgd_momentum=0.0,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=DTYPES[precision],
+        use_distributed_optimizer=distributed,
+        optimizer_cpu_offload=config.cpu_offload,
+        optimizer_offload_fraction=1.0,
+        overlap_cpu_optimizer_d2h_h2d=config.cpu_offload,
+        use_precision_aware_optimizer=config.cpu_offload,  # megatron-core offloads no other
+    )
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
