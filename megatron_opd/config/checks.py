@@ -97,10 +97,10 @@ def check_layout(
     data = data_parallel_size(config.parallel, world_size)
     rollout = config.rollout
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
-    if batch % data:
+    if batch < data:
         raise UserError(
             f"rollout.prompts_per_step: {rollout.prompts_per_step} prompts of {rollout.samples_per_prompt} "
-            f"samples do not divide by {data} data-parallel replicas: make their product a multiple of {data}"
+            f"samples leave some of the {data} data-parallel replicas without any: raise it, or start fewer processes"
         )
     if config.training.moe_aux_loss is not None and not student.num_experts:
         raise UserError("training.moe_aux_loss: the student has no experts to balance: leave it null")
@@ -172,12 +172,6 @@ def _check_microbatch(config: Config) -> None:
     """The longest sequence, padded to whole shards, has to fit a microbatch."""
     budget, parallel = config.training.microbatch_tokens, config.parallel
     shards = segment_alignment(parallel.tensor, parallel.context, parallel.sequence_parallel)
-    if budget % shards:
-        raise UserError(
-            f"training.microbatch_tokens: {budget} does not divide by {shards}, as the shards of parallel.context = "
-            f"{parallel.context} (two a process) and parallel.sequence_parallel (parallel.tensor = {parallel.tensor}) "
-            f"need: use {-(-budget // shards) * shards}"
-        )
     longest = _longest_sequence(config)
     needed = -(-longest // shards) * shards
     if needed > budget:
@@ -231,7 +225,7 @@ def _check_experts(parallel: ParallelConfig, models: dict[str, ModelSizes], data
     if processes % expert:
         raise UserError(
             f"{key}: {expert} does not divide parallel.tensor * parallel.context * parallel.data = {processes}: lower "
-            "it, or start more processes"
+            "it, or start more processes (launch local starts parallel.data replicas)"
         )
 
 

@@ -61,4 +61,4 @@ class Plan:
     def tokens_per_second(self) -> float:
         """Response tokens of all replicas in a step, by its seconds."""
         work = self.setting.workload
-        return work.sequences * self.setting.layout.data * work.response / self.seconds
+        return work.responses * work.response / self.seconds

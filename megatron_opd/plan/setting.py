@@ -28,14 +28,17 @@ class Pack:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a replica has to do in a step. Rollouts are dealt over the data- and context-parallel ranks, training
-    over the data-parallel ones."""
+    """What the fullest replica has to do in a step.
+
+    Rollouts are dealt over the data- and context-parallel ranks, training over the data-parallel ones.
+    """
 
     prompt: int  # tokens of a prompt
     response: int  # tokens of a response
     prompts: int  # that a generating replica draws responses to
     generated: int  # responses that it draws
     decoded_together: int  # at most
+    responses: int  # of the step, over all replicas
     sequences: int  # that a training replica learns from
     updates: int  # optimizer updates
     microbatches: int  # of an update
@@ -53,7 +56,8 @@ class Workload:
         prompt, response = config.data.max_prompt_tokens, rollout.max_new_tokens
         prompts = -(-rollout.prompts_per_step // (layout.data * layout.context))
         generated = prompts * rollout.samples_per_prompt
-        sequences = rollout.prompts_per_step * rollout.samples_per_prompt // layout.data
+        responses = rollout.prompts_per_step * rollout.samples_per_prompt
+        sequences = -(-responses // layout.data)
         alignment = layout.segment_alignment
         length = -(-(prompt + response - 1) // alignment) * alignment
         of_update = -(-sequences // training.updates_per_rollout)
@@ -68,6 +72,7 @@ class Workload:
             prompts=prompts,
             generated=generated,
             decoded_together=min(rollout.max_batch or generated, generated),
+            responses=responses,
             sequences=sequences,
             updates=training.updates_per_rollout,
             microbatches=microbatches,

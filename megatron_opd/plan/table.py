@@ -108,7 +108,7 @@ def _heading(plan: Plan) -> list[str]:
     plural = "es" if layout.world_size > 1 else ""
     lines.append(f"{'layout':10} {layout}: {layout.world_size} process{plural} on {plan.hardware.name}")
     lines.append(
-        f"{'step':10} {work.sequences * layout.data} responses of {work.response} tokens to prompts of {work.prompt}; "
+        f"{'step':10} {work.responses} responses of {work.response} tokens to prompts of {work.prompt}; "
         f"a replica: {work.updates} x {work.microbatches} microbatches of {work.pack.tokens} tokens"
     )
     return lines
