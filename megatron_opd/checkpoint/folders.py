@@ -177,7 +177,10 @@ def check_new_folder(folder: Path, needed_bytes: int) -> None:
     if not existing.is_dir():
         raise UserError(f"cannot write {folder}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {folder}: permission denied")
+        read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        raise UserError(
+            f"cannot write {folder}: {'read-only file system' if read_only else 'permission denied'}"
+        )
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:
         sizes = f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"

@@ -20,6 +20,7 @@ from megatron_opd.checkpoint.folders import aside_of, written_together
 from megatron_opd.checkpoint.gguf_config import GgufMetadata, read_gguf_config, token_ids
 from megatron_opd.checkpoint.hf_families import hf_shapes, model_weights
 from megatron_opd.checkpoint.safetensors_files import FILE_BYTES, SafetensorsFiles, TensorSpec
+from megatron_opd.checkpoint.state_read import first_line
 from megatron_opd.errors import UserError, check_readable
 from megatron_opd.models.architecture import Architecture, read_architecture
 
@@ -191,9 +192,13 @@ def _write_tokenizer(file: GgufFile, folder: Path) -> None:
     if file.metadata.value("tokenizer.ggml.model") is None:
         raise UserError(f"{file.path} holds no tokenizer: choose a GGUF file that has one")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(file.path.parent), gguf_file=file.path.name, trust_remote_code=False
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file.path}: transformers cannot read its tokenizer ({error})") from None
+        raise UserError(
+            f"{file.path}: transformers cannot read its tokenizer ({first_line(error)})"
+        ) from None
     tokenizer.save_pretrained(folder)
     ids = json.dumps(token_ids(file.metadata), indent=2)
     (folder / "generation_config.json").write_text(ids + "\n", encoding="utf-8")

@@ -63,18 +63,18 @@ def load_hf_weights(
 class HfReader:
     """The tensors of a folder: in `model.safetensors`, or in the files of `model.safetensors.index.json`.
 
-    Opening reads the headers only. Raises UserError for a folder without safetensors, a missing or cut file,
-    and an index that names a tensor its file lacks.
+    Where there are both the index is not looked at, as in transformers. Opening reads the headers only. Raises
+    UserError for a folder without safetensors, a missing or cut file, and an index that names a tensor its file lacks.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         weight_map: dict[str, str] = {}
-        if (folder / INDEX_FILE).is_file():
+        if (folder / SINGLE_FILE).is_file():
+            paths = [folder / SINGLE_FILE]
+        elif (folder / INDEX_FILE).is_file():
             weight_map = _read_index(folder / INDEX_FILE)
             paths = [folder / name for name in sorted(set(weight_map.values()))]
-        elif (folder / SINGLE_FILE).is_file():
-            paths = [folder / SINGLE_FILE]
         else:
             raise UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
         self._files = {path: _open(path) for path in paths}

@@ -171,7 +171,10 @@ def _append(file: BinaryIO, data: Tensor | io.BytesIO) -> None:
         data.untyped_storage().nbytes() != data.nbytes
     ):  # torch.save would write the whole file that it is a view of
         data = data.clone()
-    torch.save(data, file)
+    try:
+        torch.save(data, file)
+    except RuntimeError as error:  # its zip writer's own complaint hides what went wrong: a full disk, Ctrl-C
+        raise error.__context__ or error from None
 
 
 def _tensor_item(block: Block) -> WriteItem:

@@ -49,12 +49,13 @@ def is_megatron_folder(folder: Path) -> bool:
 def tokenizer_files(folder: Path) -> list[Path]:
     """Tokenizer, chat template and generation defaults, as far as the folder has them.
 
-    Raises UserError for a directory of such a name.
+    Raises UserError for a directory of such a name, and for a link that leads nowhere.
     """
     paths = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
     for path in paths:
-        if path.is_dir():
-            raise UserError(f"{path} is a directory, not a file: remove it, or put the model's file there")
+        if not path.is_file():
+            found = "a directory, not a file" if path.is_dir() else "a link to a file that is not there"
+            raise UserError(f"{path} is {found}: remove it, or put the model's file there")
     return paths
 
 

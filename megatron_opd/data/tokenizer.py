@@ -22,7 +22,7 @@ class TokenizerFingerprint:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a HF folder or a Megatron folder, never from the network.
+    """The tokenizer of a HF folder or a Megatron folder, never from the network; no code in the folder is run.
 
     Raises UserError when the folder is missing or holds no readable tokenizer.
     """
@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: holds no tokenizer (tokenizer.json); copy the model's tokenizer files there"
         )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from error
 

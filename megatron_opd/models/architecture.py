@@ -130,6 +130,11 @@ def _refuse_unsupported(config: dict, family: Family, where: str) -> None:
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise UserError(f"{where}: {key}=true is not supported for {family.model_type}")
+    heads, groups = config.get("num_attention_heads", 0), config.get("num_key_value_heads", 1)
+    if heads % groups:
+        raise UserError(
+            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+        )
     _refuse_windows(config, family, where)
 
 

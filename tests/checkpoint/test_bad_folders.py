@@ -19,7 +19,7 @@ from megatron_opd.checkpoint.folders import tidied, written_aside
 from megatron_opd.checkpoint.safetensors_files import SafetensorsFiles
 from megatron_opd.errors import UserError
 from megatron_opd.parallel.groups import ParallelLayout
-from tests.checkpoint.models import megatron_results, write_hf
+from tests.checkpoint.models import hf_model, megatron_results, write_hf
 from tests.checkpoint.test_hf_round_trip import save_from_layout
 
 K_PROJ = "model.layers.2.self_attn.k_proj.weight"
@@ -169,6 +169,16 @@ def test_a_directory_in_the_place_of_a_tokenizer(folder, megatron_folder, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
 
 
+def test_a_tokenizer_that_is_a_broken_link(folder, megatron_folder, tmp_path):
+    for source, convert in ((folder, hf_to_megatron), (megatron_folder, megatron_to_hf)):
+        (source / "tokenizer.json").symlink_to("blob")
+        with pytest.raises(
+            UserError, match=rf"{source}/tokenizer\.json is a link to a file that is not there"
+        ):
+            convert(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
+
+
 def test_no_weights_at_all(folder, tmp_path):
     for path in folder.glob("model*"):
         path.unlink()
@@ -186,6 +196,19 @@ def test_index_that_is_wrong(folder, tmp_path):
     for broken in ("{", "[]", '{"weight_map": 3}'):
         path.write_text(broken)
         assert refusal(folder, tmp_path) == f"{path} is not a safetensors index: it holds no weight_map"
+
+
+def test_a_single_file_comes_before_an_index_as_in_transformers(folder, tmp_path):
+    for name in ("model.safetensors.index.json", *{path.name for path in folder.glob("model-*")}):
+        shutil.copyfile(folder / name, tmp_path / name)
+    edit(folder, lambda tensors: tensors[K_PROJ].add_(1.0))
+    for path in tmp_path.glob("model*"):
+        path.rename(folder / path.name)
+    hf_to_megatron(folder, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    theirs = hf_model(folder).get_parameter(K_PROJ)
+    assert torch.equal(load_file(tmp_path / "back" / "model.safetensors")[K_PROJ], theirs)
+    assert not torch.equal(load_file(file_of(folder, K_PROJ))[K_PROJ], theirs)
 
 
 def test_every_rank_refuses_alike(gloo, folder):
@@ -276,6 +299,13 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
         with pytest.raises(UserError, match=expected):
             convert(source, out)
         assert set(tmp_path.iterdir()) == before
+
+
+def test_a_read_only_disk_is_not_called_a_missing_permission(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert refusal(folder, tmp_path) == f"cannot write {tmp_path / 'out'}: permission denied"
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert refusal(folder, tmp_path) == f"cannot write {tmp_path / 'out'}: read-only file system"
 
 
 def test_folder_is_complete_or_not_there(tmp_path):

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_opd.checkpoint.checksums import StateChecksums
+from megatron_opd.checkpoint.checksums import HashedFile, StateChecksums
 from megatron_opd.checkpoint.convert import (
     hf_to_megatron,
     megatron_to_hf,
@@ -268,6 +268,22 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(llama, tmp_path
     hf_to_megatron(llama, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert plan_megatron_to_hf(tmp_path / "out").pieces == plan_hf_to_megatron(llama).pieces
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3, 40, 41, 42])
+def test_ctrl_c_is_not_taken_for_a_full_disk(llama, tmp_path, monkeypatch, writes):
+    """torch's zip writer, interrupted in a write, ends with an error of its own."""
+    real, calls = HashedFile.write, iter(range(writes))
+
+    def write(file: HashedFile, data: Any) -> int:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return real(file, data)
+
+    monkeypatch.setattr(HashedFile, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_megatron(llama, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tensor_that_the_architecture_lacks_is_refused(llama, tmp_path):

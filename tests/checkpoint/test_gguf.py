@@ -1,5 +1,6 @@
 """GGUF -> Hugging Face on small files that the tests write."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -200,6 +201,16 @@ def test_without_the_package_gguf(tmp_path, llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     message = "reading GGUF files needs the package gguf: pip install 'megatron-opd[quickstart]'"
     assert refusal(path) == message
+
+
+def test_code_beside_the_file_is_neither_run_nor_asked_about(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    source = write_gguf(tmp_path / "tiny.gguf", llama)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "cannot read its tokenizer" in refusal(source)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path, llama):

@@ -25,6 +25,16 @@ def test_missing_folder_and_missing_or_broken_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_code_in_the_folder_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"cannot be read .*custom code"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(("declared", "expected"), [(None, (2,)), (5, (2, 5)), ([5, 3, 2], (2, 3, 5))])
 def test_stop_ids_join_generation_config_and_tokenizer(tmp_path, declared, expected):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": declared}))

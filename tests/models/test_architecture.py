@@ -113,6 +113,7 @@ def test_padded_vocab_gives_every_shard_a_multiple_of_128(tmp_path, tensor, expe
         ({**EXPERTS, "moe_intermediate_size": None}, "lacks the key 'moe_intermediate_size'"),
         ({**EXPERTS, "num_experts": None}, "lacks the key 'num_experts'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias=true is not supported"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ({"num_hidden_layers": None}, "lacks the key 'num_hidden_layers'"),
     ],
 )
