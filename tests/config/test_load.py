@@ -231,7 +231,7 @@ def test_home_is_expanded_and_other_paths_stay(write: Any, monkeypatch: pytest.M
         ("data.prompt_field=''", r"^data\.prompt_field: "),
         ("student.path=3", r"^student\.path: expected a path, got 3"),
         ("student.path=null", r"^student\.path: expected a path, got null"),
-        ("optimizer=3", r"^optimizer: expected a section with the keys lr, .*, got 3"),
+        ("optimizer=3", r"^optimizer: expected a section with the keys name, lr, .*, got 3"),
         ("student=null", r"^missing key 'student\.path'"),
         ("data.prompts=???", r"^data\.prompts: '\?\?\?' stands for a value"),
         ("data.prompts=${nowhere}", r"^data\.prompts: .*'nowhere' not found"),
