@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
     )  # read when Triton is first imported: before any test module
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")  # no test depends on how fast or how busy the machine is
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
