@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -135,6 +135,7 @@ def test_the_layers_of_the_quickstart():
     assert evenly_spaced(30, keep=24, start=8, stop=26) == [8, 11, 14, 17, 20, 23]
 
 
+@settings(deadline=None)
 @given(layers=st.integers(2, 80), data=st.data())
 def test_dropped_layers_are_distinct_and_evenly_spread(layers, data):
     start = data.draw(st.integers(0, layers - 1))
