@@ -86,6 +86,7 @@ class StateChecksums:
             raise UserError(f"{self._folder / CHECKSUMS} cannot be read ({error})") from None
         inside = {self._folder / name: expected for name, expected in sums.items()}
         self._sums = {path: expected for path, expected in inside.items() if path.parent == state}
+        self._unrecorded = sorted({path for path in state.iterdir() if path.is_file()} - self._sums.keys())
         self._sizes = [path.stat().st_size if path.is_file() else 0 for path in self._sums]
 
     @property
@@ -104,9 +105,13 @@ class StateChecksums:
         """Read this process's share of the files, which are dealt out by size, and compare. No collectives.
 
         `count` is called with the bytes just read. Where nothing is recorded the first process says so on stderr.
-        Raises UserError for the first file that is missing or differs.
+        Raises UserError for the first file that is missing, differs or is not recorded beside others.
         """
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        if self._unrecorded and (self._folder / CHECKSUMS).exists():
+            raise UserError(
+                f"{self._unrecorded[0]} is not in {CHECKSUMS} beside it: convert or copy the folder again"
+            )
         if not self._sums and rank == 0:
             print(
                 f"note: {self._folder} has no {CHECKSUMS}, being of an older version: damaged numbers are not noticed",

@@ -76,7 +76,10 @@ class HfReader:
             weight_map = _read_index(folder / INDEX_FILE)
             paths = [folder / name for name in sorted(set(weight_map.values()))]
         else:
-            raise UserError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+            raise UserError(
+                f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there (weights in pickles are "
+                "not read: save the model as safetensors)"
+            )
         self._files = {path: _open(path) for path in paths}
         self._file_of: dict[str, Path] = {}
         for path, file in self._files.items():

@@ -115,6 +115,16 @@ def test_files_that_people_may_edit_are_not_recorded(copy, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["comment"] == "mine"
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_file_that_is_not_recorded_beside_others(copy, kept):
+    recorded = json.loads((copy / CHECKSUMS).read_text())
+    (copy / CHECKSUMS).write_text(json.dumps(dict(list(recorded.items())[:kept])))
+    with pytest.raises(
+        UserError, match=r"is not in checksums\.json beside it: convert or copy the folder again$"
+    ):
+        StateChecksums(copy / "state").check()
+
+
 def test_an_older_folder_is_read_and_said_to_be_one(pair, copy, tmp_path, capsys):
     (copy / CHECKSUMS).unlink()
     note = f"note: {copy} has no checksums.json, being of an older version: damaged numbers are not noticed\n"
