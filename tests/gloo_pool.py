@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -203,8 +204,23 @@ def _run(rank: int, job: bytes) -> bytes:
     except BaseException as error:
         return pickle.dumps(_Failure(rank, error, traceback.format_exc()))
     finally:
-        for group in set(dist.distributed_c10d._world.pg_map) - groups:
+        made = set(dist.distributed_c10d._world.pg_map) - groups
+        for group in made:
             dist.destroy_process_group(group)
+        if made:
+            del made, group
+            _forget_models()
+
+
+def _forget_models() -> None:
+    """Free the models of a call and the process groups they hold, each of which has threads: they add up to thousands.
+
+    megatron-core's DDP wrapper lies in a circle through autograd's hooks, which Python's collector cannot see.
+    """
+    for found in gc.get_objects():
+        if type(found).__name__ == "DistributedDataParallel":
+            found.grad_accs.clear()
+    gc.collect()
 
 
 def _end_with_parent() -> None:
