@@ -1,4 +1,4 @@
-"""Runs a command, and ends it with everything it has started when the process that asked for it ends, however that ends.
+"""Runs a command, and ends it with all it has started when the process that asked for it ends, however that ends.
 
 A program of its own, `python guard.py PARENT_PID COMMAND...`: a trainer that is killed can end nothing itself. The
 guard waits for three things: the end of its parent, the end of the command, and SIGTERM. Whichever comes first, it

@@ -8,6 +8,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import httpx
 from megatron_opd.errors import UserError
 
 Result = TypeVar("Result")
+Request = tuple[dict[str, Any], Callable[[Any], Result]]  # the body, and what makes the answer a result
 
 ATTEMPTS = 5  # of one request, over all servers
 FIRST_REST, LONGEST_REST = 0.25, 15.0  # seconds; doubled with each failure in a row
@@ -60,7 +62,7 @@ class Replicas:
         self.replicas = [Replica(url) for url in (*urls[first:], *urls[:first])]
         self._concurrency, self._outage_timeout = concurrency, outage_timeout
         self._working = time.monotonic()  # when a server was last known to work
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # set, and replaced, whenever a waiting request should look again
         self._probes: set[asyncio.Task[None]] = set()
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -73,7 +75,7 @@ class Replicas:
         """Close all connections."""
         await self._http.aclose()
 
-    async def run(self, requests: Sequence[tuple[dict[str, Any], Callable[[Any], Result]]], version: str) -> list[Result]:
+    async def run(self, requests: Sequence[Request[Result]], version: str) -> list[Result]:
         """What `parse` makes of the answer of /generate to each (body, parse), in order.
 
         `parse` raises BadReply for what is no answer. Answers come from servers whose weights are `version`. Raises
@@ -102,13 +104,24 @@ class Replicas:
         except httpx.HTTPError as error:
             raise BadReply(str(error) or type(error).__name__) from None
         if response.status_code in (400, 401, 403, 404, 422):
-            raise UserError(f"rollout.sglang: {url}{path} refuses ({response.status_code}): {_reason(response)}")
+            raise UserError(
+                f"rollout.sglang: {url}{path} refuses ({response.status_code}): {_reason(response)}"
+            )
         if response.status_code != 200:
             raise BadReply(f"status {response.status_code}: {_reason(response)}")
         try:
             return response.json()
         except ValueError:
             raise BadReply(f"not JSON: {response.text[:80]!r}") from None
+
+    async def fetch_all(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """URL -> the answer of each server, asked at the same time, or what `fetch` raised."""
+        urls = [replica.url for replica in self.replicas]
+        answers = await asyncio.gather(*(self.fetch(url, path, body) for url in urls), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, BadReply | UserError):
+                raise answer
+        return dict(zip(urls, answers, strict=True))
 
     async def _ask(self, body: dict[str, Any], parse: Callable[[Any], Result], version: str) -> Result:
         failed: Replica | None = None
@@ -126,8 +139,7 @@ class Replicas:
                 failed = replica
             finally:
                 replica.in_flight -= 1
-                async with self._changed:
-                    self._changed.notify_all()
+                self._look_again()
         assert failed is not None
         raise UserError(
             f"rollout.sglang: {ATTEMPTS} attempts to draw one response failed, the last at {failed.url}: {trouble}"
@@ -135,21 +147,22 @@ class Replicas:
 
     async def _least_loaded(self, but_not: Replica | None) -> Replica:
         """A server with room; the one that has just failed only if there is no other. Waits for one."""
-        async with self._changed:
-            while True:
-                working = [replica for replica in self.replicas if not replica.trouble]
-                free = [replica for replica in working if replica.in_flight < self._concurrency]
-                if free:
-                    return min(free, key=lambda replica: (replica is but_not, replica.in_flight))
-                left = None
-                if not working:
-                    left = self._working + self._outage_timeout - time.monotonic()
-                    if left <= 0:
-                        raise UserError(self._outage())
-                try:
-                    await asyncio.wait_for(self._changed.wait(), left)
-                except TimeoutError:
-                    continue
+        while True:
+            working = [replica for replica in self.replicas if not replica.trouble]
+            free = [replica for replica in working if replica.in_flight < self._concurrency]
+            if free:
+                return min(free, key=lambda replica: (replica is but_not, replica.in_flight))
+            left = None if working else self._working + self._outage_timeout - time.monotonic()
+            if left is not None and left <= 0:
+                raise UserError(self._outage())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
+
+    def _look_again(self) -> None:
+        """Wake all requests that wait for a server."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _outage(self) -> str:
         troubles = "; ".join(f"{replica.url}: {replica.trouble}" for replica in self.replicas)
@@ -181,8 +194,7 @@ class Replicas:
                 rest = min(LONGEST_REST, 2 * rest)
             else:
                 replica.trouble = ""
-        async with self._changed:
-            self._changed.notify_all()
+        self._look_again()
 
     async def trouble_of(self, url: str, version: str | None) -> str:
         """Why a server cannot be asked: it does not generate, or has other weights. Empty when it can."""

@@ -5,6 +5,7 @@ server keeps its port and loads the newest weights that the run has written, so 
 """
 
 import atexit
+import json
 import os
 import secrets
 import socket
@@ -40,6 +41,7 @@ class ServerSettings:
     dtype: str  # "float32" or "bfloat16"
     longest: int  # tokens of a prompt with its response at most
     concurrency: int  # requests in flight at a server at most
+    stop_ids: tuple[int, ...] = ()  # ids that end a response; those of the model's files besides
     start_timeout: float  # seconds from start to the first answer
     host: str = "127.0.0.1"
     arguments: tuple[str, ...] = ()  # further arguments of sglang.launch_server
@@ -147,6 +149,8 @@ class Servers:
                 # By itself SGLang takes most of the host's memory for its cache.
                 "--max-total-tokens": str(settings.concurrency * (settings.longest + 8)),
             }
+        if settings.stop_ids:  # instead of config.json's, which may say otherwise
+            arguments["--json-model-override-args"] = json.dumps({"eos_token_id": settings.stop_ids})
         flags = ["--skip-tokenizer-init", "--sleep-on-idle", "--log-level-http", "warning"]
         if self.api_key is not None:  # not on the command line, which every user of the machine can read
             flags += ["--config", str(self._key_file())]
@@ -219,7 +223,10 @@ class Servers:
         url = self.urls[self._servers.index(server)]
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
-            return httpx.get(f"{url}/health", headers=headers, timeout=timeout, trust_env=False).status_code == 200
+            return (
+                httpx.get(f"{url}/health", headers=headers, timeout=timeout, trust_env=False).status_code
+                == 200
+            )
         except httpx.HTTPError:
             return False
 
@@ -288,7 +295,15 @@ def _free_port(host: str) -> int:
 
 def _without_ranks(environment: "os._Environ[str]") -> dict[str, str]:
     """The environment without what makes a process a rank of the training."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+    ranks = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "PYTHONPATH",
+    )
     prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_")
     return {
         name: value

@@ -70,6 +70,11 @@ class SGLangEngine:
             raise outcome[0]
         return outcome[0]
 
+    def ask_all(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """URL -> what that server answers to a POST of `body` (None: to a GET), or the BadReply or UserError."""
+        assert self._servers is not None, "connect comes first"
+        return self._runner.run(self._servers.fetch_all(path, body))
+
     def _draw(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
         assert self._servers is not None, "connect comes before generate"
         requests = [
@@ -92,7 +97,7 @@ def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
 def request_body(prompt: Prompt, sample: int, sampling: Sampling, vocab_size: int) -> dict[str, Any]:
     """What /generate is sent for one response."""
     ids = prompt.token_ids
-    assert ids and 0 <= min(ids) and max(ids) < vocab_size, "an id that the model lacks kills the server"
+    assert ids and min(ids) >= 0 and max(ids) < vocab_size, "an id that the model lacks kills the server"
     return {
         "input_ids": list(ids),
         "return_logprob": True,
@@ -146,7 +151,7 @@ def _token_ids(ids: Any, vocab_size: int) -> list[int]:
 
 
 def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
-    """"stop" or "length", as the ids themselves say it."""
+    """ "stop" or "length", as the ids themselves say it."""
     kind = reason.get("type") if isinstance(reason, dict) else None
     if kind == "abort":
         raise BadReply(f"the server aborted the response: {reason.get('message')}")

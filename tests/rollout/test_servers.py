@@ -30,7 +30,9 @@ def children() -> set[int]:
 def test_an_environment_without_sglang_is_named_with_the_log(tmp_path: Path) -> None:
     before = children()
     servers = Servers(SETTINGS, tmp_path / "servers", print)
-    with pytest.raises(UserError, match=r"ended with exit code 1 .* No module named '?sglang.*server-\d\.log"):
+    with pytest.raises(
+        UserError, match=r"ended with exit code 1 .* No module named '?sglang.*server-\d\.log"
+    ):
         servers.start(tmp_path, "0")
     assert children() <= before
 
