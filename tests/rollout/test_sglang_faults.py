@@ -10,6 +10,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
@@ -38,6 +39,11 @@ def server_tree(sglang: SGLangServer) -> list[psutil.Process]:
     raise AssertionError("the server does not run")
 
 
+def drawn(rollouts: list[Rollout]) -> list[Rollout]:
+    """Everything but the log-probs, whose last bits depend on what shares a batch."""
+    return [replace(rollout, logprobs=[]) for rollout in rollouts]
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -52,7 +58,8 @@ def test_nonsense_is_asked_of_another_server(sglang: SGLangServer, body: bytes, 
         rollouts = engine.generate(PROMPTS, SAMPLING, 0)
     assert "/generate" in asked
     with sglang.engine() as engine:
-        assert rollouts == engine.generate(PROMPTS, SAMPLING, 0)
+        expected = engine.generate(PROMPTS, SAMPLING, 0)
+    assert drawn(rollouts) == drawn(expected)
 
 
 def test_a_dead_server_is_passed_over(sglang: SGLangServer) -> None:
@@ -134,8 +141,6 @@ def test_a_server_killed_mid_generation_is_restarted_and_every_sample_drawn_once
         killer.start()
         rollouts = engine.generate(PROMPTS, sampling, 0)
         killer.join()
-    assert rollouts == [
-        replace(ours, logprobs=theirs.logprobs) for ours, theirs in zip(expected, rollouts, strict=True)
-    ]
+    assert drawn(rollouts) == drawn(expected)
     assert any("restarting" in line for line in sglang.said)
     assert server_tree(sglang)[0].pid != first.pid
