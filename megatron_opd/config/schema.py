@@ -102,7 +102,7 @@ class SGLangConfig(Section):
     urls: list[Annotated[str, Field(pattern="^https?://[^/]+$")]] = Field(
         [],
         description="Servers that run already, such as http://node1:30000; their key, if any, is the environment "
-        "variable SGLANG_API_KEY. They must see run_dir, and reach the student's vocabulary.",
+        "variable SGLANG_API_KEY. They must see run_dir and serve the student's architecture.",
     )
     concurrency: PositiveInt = Field(
         64, description="Responses asked of a server at once, by each replica of the student."

@@ -94,13 +94,22 @@ class Replicas:
                 task.cancel()
             await asyncio.gather(*tasks, *self._probes, return_exceptions=True)
 
-    async def fetch(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON answer of one server to a POST of `body`, or to a GET without. Raises BadReply."""
+    async def fetch(
+        self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
+    ) -> Any:
+        """The JSON answer of one server to a POST of `body`, or to a GET without.
+
+        Raises BadReply for a failure that may pass, and for an answer that takes longer than `timeout` seconds (None:
+        `request_timeout`); UserError when the server refuses.
+        """
         try:
             if body is None:
                 response = await self._http.get(url + path, timeout=PROBE_TIMEOUT)
             else:
-                response = await self._http.post(url + path, json=body)
+                limit = (
+                    self._http.timeout if timeout is None else httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
+                )
+                response = await self._http.post(url + path, json=body, timeout=limit)
         except httpx.HTTPError as error:
             raise BadReply(str(error) or type(error).__name__) from None
         if response.status_code in (400, 401, 403, 404, 422):
@@ -115,9 +124,14 @@ class Replicas:
             raise BadReply(f"not JSON: {response.text[:80]!r}") from None
 
     async def fetch_all(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """URL -> the answer of each server, asked at the same time, or what `fetch` raised."""
+        """URL -> the answer of each server, asked at the same time, or what `fetch` raised.
+
+        A server has `outage_timeout` seconds to answer.
+        """
         urls = [replica.url for replica in self.replicas]
-        answers = await asyncio.gather(*(self.fetch(url, path, body) for url in urls), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(self.fetch(url, path, body, self._outage_timeout) for url in urls), return_exceptions=True
+        )
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, BadReply | UserError):
                 raise answer

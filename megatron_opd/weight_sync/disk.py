@@ -132,6 +132,8 @@ class DiskSync:
             for url, answer in self._engine.ask_all("/weights_checker", {"action": "checksum"}).items()
             if _field(models[url], "weight_version") == version and _field(answer, "success")
         }
+        if not sums:
+            self._say(f"SGLang: no server gives checksums of the weights {version}; they are not compared")
         on_cpu = all(_field(servers[url], "device") == "cpu" for url in sums)
         check_servers(sums, exported_checksums(export, self._arch.num_layers) if on_cpu else None)
 

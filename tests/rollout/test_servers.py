@@ -2,6 +2,7 @@
 
 import stat
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,3 +92,56 @@ def test_the_last_line_that_says_something(tmp_path: Path) -> None:
     assert last_line(log) == "(no output)"
     log.write_text("Traceback\n  File\nValueError: no room\n\n =====\n   ^^^^\n")
     assert last_line(log) == "ValueError: no room"
+
+
+# Answers health checks as a file beside it says, until it is killed: what is watched here are processes.
+PATIENT = """
+import http.server, pathlib, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        sick = pathlib.Path({folder!r}, "sick")
+        self.send_response(503 if sick.exists() else 200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def wait_for(said: list[str], text: str) -> None:
+    deadline = time.monotonic() + 60
+    while not any(text in line for line in said):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+
+
+def test_the_dead_and_the_hanging_are_restarted_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_opd.rollout.servers.HEALTH_EVERY", 0.1)
+    monkeypatch.setattr("megatron_opd.rollout.servers.RESTARTS", 2)
+    program = tmp_path / "program.py"
+    program.write_text(PATIENT.format(folder=str(tmp_path)))
+    python = script(tmp_path / "python", f'exec "{sys.executable}" "{program}" "$@"')
+    said: list[str] = []
+    before = children()
+    servers = Servers(replace(SETTINGS, python=python, count=1), tmp_path / "servers", said.append)
+    try:
+        servers.start(tmp_path, "0")
+        (url,) = servers.urls
+        (tmp_path / "sick").touch()
+        wait_for(said, "did not answer 3 health checks; restarting")
+        (tmp_path / "sick").unlink()
+        wait_for(said, "is back")
+        assert servers.urls == [url]
+        with servers.updating(tmp_path / "newer", "8"):
+            servers.restart(url)
+        wait_for(said, "ended with exit code 143; restarting")
+        deadline = time.monotonic() + 60
+        while not any(str(tmp_path / "newer") in child.cmdline() for child in psutil.Process().children()):
+            assert time.monotonic() < deadline, "restarted with the newest weights"
+            time.sleep(0.05)
+        servers.restart(url)
+        wait_for(said, "given up after 2 restarts")
+    finally:
+        servers.stop()
+    assert children() <= before
