@@ -58,10 +58,11 @@ $(VENV)/.installed-%: pyproject.toml
 	touch $@
 
 # --no-deps: SGLang's own requirements would bring CUDA; requirements.txt has what it needs without.
-$(SGLANG)/.installed: $(wildcard tools/sglang_cpu/*.* tools/sglang_cpu/sgl_kernel/*.py)
+$(SGLANG)/.installed: $(wildcard $(addprefix tools/sglang_cpu/,*.py *.toml *.txt sgl_kernel/*.py))
 	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
 	$(SGLANG_PIP) install $(TORCH)
 	$(SGLANG_PIP) install --no-deps sglang==0.5.23 torchvision==0.28.0
 	$(SGLANG_PIP) install --constraint tools/sglang_cpu/constraints.txt --requirement tools/sglang_cpu/requirements.txt
 	$(SGLANG_PIP) install --no-deps --force-reinstall ./tools/sglang_cpu
+	rm -rf tools/sglang_cpu/build tools/sglang_cpu/*.egg-info
 	touch $@

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 
 from megatron_opd.checkpoint.store import published
@@ -26,7 +28,8 @@ def servers_of(run_dir: Path) -> list[psutil.Process]:
 
 def test_a_run_on_served_rollouts_is_killed_and_resumes(inputs, tmp_path):
     run_dir = tmp_path / "run"
-    served = {"python": str(sglang_python()), "arguments": list(SEEDED), "concurrency": 8}
+    served: dict[str, Any] = {"python": str(sglang_python()), "arguments": list(SEEDED), "concurrency": 8}
+    served["host"] = "127.0.0.2"  # not the loopback address that needs no key
     config = write_config(
         inputs,
         run_dir,
@@ -43,9 +46,17 @@ def test_a_run_on_served_rollouts_is_killed_and_resumes(inputs, tmp_path):
         time.sleep(0.01)
     serving = servers_of(run_dir)
     assert len(serving) > 2, "guard, HTTP server and scheduler"
+    words = serving[0].cmdline()
+    stranger = httpx.post(
+        f"http://127.0.0.2:{words[words.index('--port') + 1]}/generate", json={"input_ids": [5]}
+    )
+    assert stranger.status_code == 401
+    trainer.send_signal(signal.SIGSTOP)  # it starts no more processes, such as those that write a checkpoint
+    started = psutil.Process(trainer.pid).children(recursive=True)
+    assert set(serving) <= set(started)
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
-    _, alive = psutil.wait_procs(serving, timeout=30)
+    _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
 
     again = run("train", config)
