@@ -1,7 +1,8 @@
 # make quickstart   distil a small model from start to finish on this machine
 # make test         lint, format, types and tests
 #
-# Both make .venv first. Variables:
+# Both make .venv first; on a machine without an NVIDIA GPU `make test` also makes .venv-sglang, in which SGLang serves
+# on the CPU (tools/sglang_cpu/README.md). Variables:
 #   PYTHON       the Python (3.11 or 3.12) that .venv is made with
 #   TORCH_INDEX  a pip index URL for torch on a machine without an NVIDIA GPU, such as PyTorch's own index of
 #                CPU builds (see the installation page of pytorch.org). Empty: pip's default index.
@@ -12,6 +13,12 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+
+# SGLang's wheels are Linux's; a machine with a GPU brings an SGLang of its own.
+SGLANG := .venv-sglang
+SGLANG_PIP := $(SGLANG)/bin/python -m pip --disable-pip-version-check
+SGLANG_HERE := $(if $(shell command -v nvidia-smi),,$(filter Linux,$(shell uname -s)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -23,7 +30,7 @@ help:
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m tools.quickstart
 
-test: lint
+test: lint $(if $(SGLANG_HERE),$(SGLANG)/.installed)
 	$(BIN)/python -m pytest
 
 test-full: export MEGATRON_OPD_FULL := 1
@@ -39,13 +46,23 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find megatron_opd tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv with the package, editable, and the extra named by the stamp. Without an NVIDIA GPU torch comes first, so that
 # TORCH_INDEX holds for torch alone.
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi > /dev/null || $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	command -v nvidia-smi > /dev/null || $(PIP) install $(TORCH)
 	$(PIP) install --editable '.[$*]'
+	touch $@
+
+# --no-deps: SGLang's own requirements would bring CUDA; requirements.txt has what it needs without.
+$(SGLANG)/.installed: $(wildcard $(addprefix tools/sglang_cpu/,*.py *.toml *.txt sgl_kernel/*.py))
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG_PIP) install $(TORCH)
+	$(SGLANG_PIP) install --no-deps sglang==0.5.23 torchvision==0.28.0
+	$(SGLANG_PIP) install --constraint tools/sglang_cpu/constraints.txt --requirement tools/sglang_cpu/requirements.txt
+	$(SGLANG_PIP) install --no-deps --force-reinstall ./tools/sglang_cpu
+	rm -rf tools/sglang_cpu/build tools/sglang_cpu/*.egg-info
 	touch $@
