@@ -1,8 +1,10 @@
 # make quickstart   distil a small model from start to finish on this machine
 # make test         lint, format, types and tests
+# make .venv-sglang/.installed
+#                   SGLang on a Linux machine without an NVIDIA GPU (tools/sglang_cpu/README.md); the tests that need a
+#                   server are skipped where it is not
 #
-# Both make .venv first; on a machine without an NVIDIA GPU `make test` also makes .venv-sglang, in which SGLang serves
-# on the CPU (tools/sglang_cpu/README.md). Variables:
+# The first two make .venv first. Variables:
 #   PYTHON       the Python (3.11 or 3.12) that .venv is made with
 #   TORCH_INDEX  a pip index URL for torch on a machine without an NVIDIA GPU, such as PyTorch's own index of
 #                CPU builds (see the installation page of pytorch.org). Empty: pip's default index.
@@ -15,10 +17,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 
-# SGLang's wheels are Linux's; a machine with a GPU brings an SGLang of its own.
 SGLANG := .venv-sglang
 SGLANG_PIP := $(SGLANG)/bin/python -m pip --disable-pip-version-check
-SGLANG_HERE := $(if $(shell command -v nvidia-smi),,$(filter Linux,$(shell uname -s)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -30,7 +30,7 @@ help:
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m tools.quickstart
 
-test: lint $(if $(SGLANG_HERE),$(SGLANG)/.installed)
+test: lint
 	$(BIN)/python -m pytest
 
 test-full: export MEGATRON_OPD_FULL := 1
