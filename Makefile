@@ -1,7 +1,10 @@
 # make quickstart   distil a small model from start to finish on this machine
 # make test         lint, format, types and tests
+# make .venv-sglang/.installed
+#                   SGLang on a Linux machine without an NVIDIA GPU (tools/sglang_cpu/README.md); the tests that need a
+#                   server are skipped where it is not
 #
-# Both make .venv first. Variables:
+# The first two make .venv first. Variables:
 #   PYTHON       the Python (3.11 or 3.12) that .venv is made with
 #   TORCH_INDEX  a pip index URL for torch on a machine without an NVIDIA GPU, such as PyTorch's own index of
 #                CPU builds (see the installation page of pytorch.org). Empty: pip's default index.
@@ -12,6 +15,10 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+
+SGLANG := .venv-sglang
+SGLANG_PIP := $(SGLANG)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -39,13 +46,23 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find megatron_opd tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv with the package, editable, and the extra named by the stamp. Without an NVIDIA GPU torch comes first, so that
 # TORCH_INDEX holds for torch alone.
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi > /dev/null || $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	command -v nvidia-smi > /dev/null || $(PIP) install $(TORCH)
 	$(PIP) install --editable '.[$*]'
+	touch $@
+
+# --no-deps: SGLang's own requirements would bring CUDA; requirements.txt has what it needs without.
+$(SGLANG)/.installed: $(wildcard $(addprefix tools/sglang_cpu/,*.py *.toml *.txt sgl_kernel/*.py))
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG_PIP) install $(TORCH)
+	$(SGLANG_PIP) install --no-deps sglang==0.5.23 torchvision==0.28.0
+	$(SGLANG_PIP) install --constraint tools/sglang_cpu/constraints.txt --requirement tools/sglang_cpu/requirements.txt
+	$(SGLANG_PIP) install --no-deps --force-reinstall ./tools/sglang_cpu
+	rm -rf tools/sglang_cpu/build tools/sglang_cpu/*.egg-info
 	touch $@

@@ -1,5 +1,6 @@
 """The checks of a run that need no process group: made before processes start, and again by each of them."""
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +51,11 @@ def check_before_start(config: Config, world_size: int) -> Checked:
     ):
         if path is not None and not path.exists():
             raise UserError(f"{key}: {path} does not exist")
+    python = config.rollout.sglang.python
+    if python is not None and not os.access(python, os.X_OK):
+        raise UserError(
+            f"rollout.sglang.python: {python} is no program: name the interpreter, .../bin/python"
+        )
     return checked
 
 

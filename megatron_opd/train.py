@@ -1,6 +1,6 @@
 """The training loop: rollout -> score -> forward/backward -> optimizer step -> log -> (evaluate, save).
 
-The embedded rollout engine shares the student's weights, so there is nothing to synchronise between steps.
+The embedded rollout engine shares the student's weights; servers are given them after every step.
 """
 
 import time
@@ -16,6 +16,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
+from megatron_opd.training.serving import serving
 from megatron_opd.training.update import means_over_tokens
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
@@ -30,13 +31,19 @@ def train(config: Config) -> None:
     if rank_0:
         save_resolved(config, config.run_dir)
     decode = job.texts.tokenizer.decode
-    with RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log:
+    with (
+        RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log,
+        serving(job, log.say) as publish,
+    ):
         for line in [*job.notes(start), *(f"changed from step {start} on: {change}" for change in changes)]:
             log.say(line)
+        if start < steps:
+            publish(start)
         if start == 0 and job.texts.heldout:
             log.record(0, evaluate(job, 0))
         for step in range(start + 1, steps + 1):
             metrics, rollouts = train_step(job, step)
+            metrics["sync_seconds"] = publish(step)
             if job.texts.heldout and due(step, config.evaluation.every, steps):
                 metrics |= evaluate(job, step)
             log.record(step, metrics, rollouts)
@@ -81,7 +88,6 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         "rollout_seconds": drawn - began,
         "teacher_seconds": scored - drawn,
         "train_seconds": trained - scored,
-        "sync_seconds": 0.0,
     }, rollouts
 
 

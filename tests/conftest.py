@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from tests.gloo_pool import GlooPools
+from tests.sglang_server import sglang
+
+__all__ = ["sglang"]
 
 if not torch.cuda.is_available():
     os.environ.setdefault(

@@ -7,8 +7,22 @@ Pure functions of plain values. Each raises UserError with one line that names t
 import math
 from typing import Protocol
 
-from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.schema import Config, ParallelConfig, RolloutConfig, SGLangConfig
 from megatron_opd.errors import UserError
+
+OWNED_ARGUMENTS = {
+    "--api-key",
+    "--config",
+    "--context-length",
+    "--dtype",
+    "--host",
+    "--json-model-override-args",
+    "--model",
+    "--model-path",
+    "--port",
+    "--weight-version",
+}
+"""Arguments of sglang.launch_server that follow from the rest of the configuration."""
 
 
 class ModelSizes(Protocol):
@@ -79,6 +93,7 @@ def check_fields(config: Config) -> None:
         )
     _check_optimizer(config)
     _check_microbatch(config)
+    _check_engine(config.rollout)
     _check_objective(config)
 
 
@@ -105,6 +120,12 @@ def check_layout(
     if config.training.moe_aux_loss is not None and not student.num_experts:
         raise UserError("training.moe_aux_loss: the student has no experts to balance: leave it null")
     models = {"student": student, "teacher": teacher} | ({"reference": reference} if reference else {})
+    shared = min(model.vocab_size for model in models.values())
+    if rollout.engine == "sglang" and student.vocab_size > shared:
+        raise UserError(
+            f"rollout.engine: SGLang draws from all {student.vocab_size} tokens of the student, but another model has "
+            f"only {shared}: set it to local"
+        )
     _check_divisible(config.parallel, models)
     _check_experts(config.parallel, models, data)
     for role, model in models.items():
@@ -115,6 +136,37 @@ def check_layout(
                 "lower it, or set objective.support to full"
             )
     return config.parallel.model_copy(update={"data": data})
+
+
+def _check_engine(rollout: RolloutConfig) -> None:
+    """The engine reads its own keys only, and reports log-probs at the temperature it drew with."""
+    served, defaults = rollout.sglang, SGLangConfig()
+    if rollout.engine == "local":
+        if served != defaults:
+            raise UserError(
+                "rollout.sglang: the engine local reads nothing of it: set rollout.engine to sglang"
+            )
+        return
+    if rollout.max_batch is not None:
+        raise UserError("rollout.max_batch: the engine local reads it: use rollout.sglang.concurrency")
+    if (served.python is None) == (not served.urls):
+        raise UserError(
+            "rollout.sglang: give either python, the interpreter of an environment with SGLang, or urls of running "
+            "servers"
+        )
+    for key in ("servers", "host", "arguments"):
+        if served.urls and getattr(served, key) != getattr(defaults, key):
+            raise UserError(
+                f"rollout.sglang.{key}: of servers that the run starts, and urls has others: remove one"
+            )
+    owned = sorted(set(word.partition("=")[0] for word in served.arguments) & OWNED_ARGUMENTS)
+    if owned:
+        raise UserError(f"rollout.sglang.arguments: {owned[0]} is set by the run: remove it")
+    if rollout.temperature != 1 and (rollout.top_k == 1 or rollout.temperature < 1e-6):
+        raise UserError(
+            "rollout.temperature: SGLang takes the likeliest token here and reports its log-prob at temperature 1: set "
+            "it to 1, and rollout.top_k to 1 for that token"
+        )
 
 
 def _check_optimizer(config: Config) -> None:

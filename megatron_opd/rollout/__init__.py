@@ -4,7 +4,10 @@
 - `local`: `LocalEngine`, which generates on the training ranks with the model's own weights.
 - `decoder`, `feed_forward`, `kv_cache`, `projection`: the forward pass of one pipeline stage, with cached keys and
   values.
-- `sharded`: the replicas (data x context parallel) each generate a share.
+- `sglang`: `SGLangEngine`, which has SGLang servers draw; `replicas` is its way to them.
+- `servers`: starts SGLang servers and keeps them running; `guard` ends them with the trainer.
+- `sharded`: what an engine is, and how the replicas (data x context parallel) each
+  generate a share.
 
 May import models, parallel and data; never training, teacher or checkpoint.
 """

@@ -34,7 +34,8 @@ from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.preflight import Checked, check_before_start, check_offload
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
-from megatron_opd.rollout.sharded import generate_sharded
+from megatron_opd.rollout.sglang import SGLangEngine
+from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.training.score import sampled_logprobs
 from megatron_opd.training.student import Student, build_student
@@ -67,7 +68,7 @@ class Job:
     teacher: MegatronTeacher
     reference: MegatronTeacher | None
     objective: ObjectivePass
-    engine: LocalEngine
+    engine: RolloutEngine
     texts: Texts
     prompts: PromptStream
     checkpoints: CheckpointStore
@@ -233,7 +234,9 @@ def set_up(config: Config) -> Job:
         teacher=teacher,
         reference=reference,
         objective=objective,
-        engine=LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch),
+        engine=SGLangEngine(texts.vocab_size, groups.mp)
+        if config.rollout.engine == "sglang"
+        else LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch),
         texts=texts,
         prompts=PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle),
         checkpoints=checkpoint_store(config, checked, texts, groups),

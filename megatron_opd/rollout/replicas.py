@@ -1,0 +1,233 @@
+"""Several SGLang servers as one: each request goes to the least loaded, and away from a server that fails.
+
+A server that fails rests, a little longer each time, and gets requests again once it generates with the weights that
+are asked for. Everything here runs in one event loop.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+from megatron_opd.errors import UserError
+
+Result = TypeVar("Result")
+Request = tuple[dict[str, Any], Callable[[Any], Result]]  # the body, and what makes the answer a result
+
+ATTEMPTS = 5  # of one request, over all servers
+FIRST_REST, LONGEST_REST = 0.25, 15.0  # seconds; doubled with each failure in a row
+KEEP_ALIVE = 3.0  # seconds an idle connection is kept; SGLang closes them after 5
+CONNECT_TIMEOUT = 10.0  # seconds
+PROBE_TIMEOUT = 30.0  # seconds; SGLang's own health check gives up after 20
+
+
+class BadReply(Exception):
+    """What a server sent is not an answer to the request; the message says why. Another attempt may succeed."""
+
+
+@dataclass(eq=False)
+class Replica:
+    """One server as this client sees it."""
+
+    url: str
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    trouble: str = ""  # why it gets no requests; empty while it does
+
+
+class Replicas:
+    """HTTP to the servers at `urls`.
+
+    At most `concurrency` requests are in flight at a server; one that takes longer than `request_timeout` seconds has
+    failed. When no server has worked for `outage_timeout` seconds, requests fail. `first` is where ties begin: clients
+    that start together then begin with different servers.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        api_key: str | None = None,
+        concurrency: int = 64,
+        request_timeout: float = 1800.0,
+        outage_timeout: float = 600.0,
+        first: int = 0,
+    ) -> None:
+        first %= len(urls)
+        self.replicas = [Replica(url) for url in (*urls[first:], *urls[:first])]
+        self._concurrency, self._outage_timeout = concurrency, outage_timeout
+        self._working = time.monotonic()  # when a server was last known to work
+        self._changed = asyncio.Event()  # set, and replaced, whenever a waiting request should look again
+        self._probes: set[asyncio.Task[None]] = set()
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(request_timeout, connect=CONNECT_TIMEOUT, pool=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE),
+            trust_env=False,  # no proxy between the trainer and its servers
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def run(self, requests: Sequence[Request[Result]], version: str) -> list[Result]:
+        """What `parse` makes of the answer of /generate to each (body, parse), in order.
+
+        `parse` raises BadReply for what is no answer. Answers come from servers whose weights are `version`. Raises
+        UserError when a server refuses a request, ATTEMPTS attempts of one have failed or no server works; then the
+        others are cancelled.
+        """
+        self._working = time.monotonic()
+        for replica in self.replicas:
+            if replica.trouble:
+                self._probe_later(replica, version)
+        tasks = [asyncio.create_task(self._ask(body, parse, version)) for body, parse in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in (*tasks, *self._probes):
+                task.cancel()
+            await asyncio.gather(*tasks, *self._probes, return_exceptions=True)
+
+    async def fetch(
+        self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
+    ) -> Any:
+        """The JSON answer of one server to a POST of `body`, or to a GET without.
+
+        Raises BadReply for a failure that may pass, and for an answer that takes longer than `timeout` seconds (None:
+        `request_timeout`); UserError when the server refuses.
+        """
+        try:
+            if body is None:
+                response = await self._http.get(url + path, timeout=PROBE_TIMEOUT)
+            else:
+                limit = (
+                    self._http.timeout if timeout is None else httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
+                )
+                response = await self._http.post(url + path, json=body, timeout=limit)
+        except httpx.HTTPError as error:
+            raise BadReply(str(error) or type(error).__name__) from None
+        if response.status_code in (400, 401, 403, 404, 422):
+            raise UserError(
+                f"rollout.sglang: {url}{path} refuses ({response.status_code}): {_reason(response)}"
+            )
+        if response.status_code != 200:
+            raise BadReply(f"status {response.status_code}: {_reason(response)}")
+        try:
+            return response.json()
+        except ValueError:
+            raise BadReply(f"not JSON: {response.text[:80]!r}") from None
+
+    async def fetch_all(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """URL -> the answer of each server, asked at the same time, or what `fetch` raised.
+
+        A server has `outage_timeout` seconds to answer.
+        """
+        urls = [replica.url for replica in self.replicas]
+        answers = await asyncio.gather(
+            *(self.fetch(url, path, body, self._outage_timeout) for url in urls), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, BadReply | UserError):
+                raise answer
+        return dict(zip(urls, answers, strict=True))
+
+    async def _ask(self, body: dict[str, Any], parse: Callable[[Any], Result], version: str) -> Result:
+        failed: Replica | None = None
+        for _ in range(ATTEMPTS):
+            replica = await self._least_loaded(but_not=failed)
+            replica.in_flight += 1
+            try:
+                result = parse(await self.fetch(replica.url, "/generate", body))
+                replica.failures = 0
+                self._working = time.monotonic()
+                return result
+            except BadReply as error:
+                trouble = str(error)
+                self._rest(replica, trouble, version)
+                failed = replica
+            finally:
+                replica.in_flight -= 1
+                self._look_again()
+        assert failed is not None
+        raise UserError(
+            f"rollout.sglang: {ATTEMPTS} attempts to draw one response failed, the last at {failed.url}: {trouble}"
+        )
+
+    async def _least_loaded(self, but_not: Replica | None) -> Replica:
+        """A server with room; the one that has just failed only if there is no other. Waits for one."""
+        while True:
+            working = [replica for replica in self.replicas if not replica.trouble]
+            free = [replica for replica in working if replica.in_flight < self._concurrency]
+            if free:
+                return min(free, key=lambda replica: (replica is but_not, replica.in_flight))
+            left = None if working else self._working + self._outage_timeout - time.monotonic()
+            if left is not None and left <= 0:
+                raise UserError(self._outage())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
+
+    def _look_again(self) -> None:
+        """Wake all requests that wait for a server."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _outage(self) -> str:
+        troubles = "; ".join(f"{replica.url}: {replica.trouble}" for replica in self.replicas)
+        return (
+            f"rollout.sglang: none of {len(self.replicas)} servers has worked for {self._outage_timeout:g} s "
+            f"({troubles}): see the logs in run_dir/servers, then resume"
+        )
+
+    def _rest(self, replica: Replica, trouble: str, version: str) -> None:
+        """Give the server no requests until a probe succeeds; requests that fail together count once."""
+        if not replica.trouble:
+            replica.trouble = trouble
+            replica.failures += 1
+            self._probe_later(replica, version)
+
+    def _probe_later(self, replica: Replica, version: str) -> None:
+        task = asyncio.create_task(self._probe(replica, version))
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
+    async def _probe(self, replica: Replica, version: str) -> None:
+        """Wait until the server generates and has the weights, then let it have requests again."""
+        rest = min(LONGEST_REST, FIRST_REST * 2 ** max(0, replica.failures - 1))
+        while replica.trouble:
+            await asyncio.sleep(rest * random.uniform(0.75, 1.25))
+            trouble = await self.trouble_of(replica.url, version)
+            if trouble:
+                replica.trouble = trouble
+                rest = min(LONGEST_REST, 2 * rest)
+            else:
+                replica.trouble = ""
+        self._look_again()
+
+    async def trouble_of(self, url: str, version: str | None) -> str:
+        """Why a server cannot be asked: it does not generate, or has other weights. Empty when it can."""
+        try:
+            health = await self._http.get(url + "/health", timeout=PROBE_TIMEOUT)
+            if health.status_code != 200:
+                return f"its health check says {health.status_code}"
+            info = await self.fetch(url, "/model_info")
+        except (httpx.HTTPError, BadReply, UserError) as error:
+            return str(error) or type(error).__name__
+        found = info.get("weight_version") if isinstance(info, dict) else None
+        return "" if version in (None, found) else f"it has the weights {found!r} instead of {version!r}"
+
+
+def _reason(response: httpx.Response) -> str:
+    """SGLang's message in an error reply, whichever of its forms it has."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:200]
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:200]

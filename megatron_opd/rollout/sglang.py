@@ -1,0 +1,184 @@
+"""`SGLangEngine`: responses drawn by SGLang servers, token ids in and out.
+
+A response is asked for by itself, through SGLang's native /generate, with a seed of its own; nothing that comes back is
+believed before it is checked. Servers that honour seeds (--enable-deterministic-inference) draw the same response for
+the same (seed, prompt id, sample), up to rounding of the logits; others draw anew each time.
+"""
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_opd.data.prompts import Prompt
+from megatron_opd.data.rollouts import Rollout
+from megatron_opd.errors import UserError
+from megatron_opd.rollout.replicas import BadReply, Replicas
+from megatron_opd.rollout.sampling import Sampling
+
+
+class SGLangEngine:
+    """Draws responses at the servers of `connect`; until it is called there are none.
+
+    `vocab_size` ids exist for the model that the servers have: of an id beyond, a server would die. One rank of
+    `replica` (None: this process alone) talks to the servers, and hands the others what it got. The weights are the
+    servers': weight_sync gives them new ones.
+    """
+
+    def __init__(self, vocab_size: int, replica: dist.ProcessGroup | None = None) -> None:
+        self._vocab_size, self._replica = vocab_size, replica
+        self._runner = asyncio.Runner()  # one event loop for all calls: connections outlive a call
+        self._servers: Replicas | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether this rank is the one that talks to the servers."""
+        return self._replica is None or self._replica.rank() == 0
+
+    def connect(self, urls: Sequence[str], **options: Any) -> None:
+        """Use these servers from now on; `options` are those of `Replicas`."""
+
+        async def make() -> Replicas:
+            return Replicas(urls, **options)
+
+        self._servers = self._runner.run(make())
+
+    def close(self) -> None:
+        """Close the connections; the servers stay."""
+        if self._servers is not None:
+            self._runner.run(self._servers.close())
+        self._runner.close()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
+        """`sampling.n` responses to each prompt, in prompt order, then sample order, all by weights `weight_version`.
+
+        Collective over `replica`, 1 object broadcast where it has several ranks: all call it with the same arguments
+        and return the same list. Raises UserError on all of them when the servers fail (see `Replicas.run`).
+        """
+        outcome: list[list[Rollout] | UserError] = [[]]
+        if self.asks and prompts:
+            try:
+                outcome = [self._draw(prompts, sampling, weight_version)]
+            except UserError as error:
+                outcome = [error]
+        if self._replica is not None and self._replica.size() > 1:
+            dist.broadcast_object_list(outcome, group=self._replica, group_src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]
+
+    def ask_all(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """URL -> what that server answers to a POST of `body` (None: to a GET), or the BadReply or UserError."""
+        assert self._servers is not None, "connect comes first"
+        return self._runner.run(self._servers.fetch_all(path, body))
+
+    def _draw(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
+        assert self._servers is not None, "connect comes before generate"
+        requests = [
+            (
+                request_body(prompt, sample, sampling, self._vocab_size),
+                reply_parser(prompt, sample, sampling, self._vocab_size, weight_version),
+            )
+            for prompt in prompts
+            for sample in range(sampling.n)
+        ]
+        return self._runner.run(self._servers.run(requests, str(weight_version)))
+
+
+def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
+    """The seed of one response, 63 bits: servers hash it with the position, so it stands for all of its noise."""
+    digest = hashlib.blake2b(f"{seed}|{sample}|{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def request_body(prompt: Prompt, sample: int, sampling: Sampling, vocab_size: int) -> dict[str, Any]:
+    """What /generate is sent for one response."""
+    ids = prompt.token_ids
+    assert ids and min(ids) >= 0 and max(ids) < vocab_size, "an id that the model lacks kills the server"
+    return {
+        "input_ids": list(ids),
+        "return_logprob": True,
+        "sampling_params": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop_token_ids": list(sampling.stop_ids),
+            "ignore_eos": not sampling.stop_ids,  # of the stop ids too
+            "skip_special_tokens": False,
+            "sampling_seed": sample_seed(sampling.seed, prompt.id, sample),
+        },
+    }
+
+
+def reply_parser(
+    prompt: Prompt, sample: int, sampling: Sampling, vocab_size: int, weight_version: int
+) -> Callable[[Any], Rollout]:
+    """The function that makes the reply to `request_body` a rollout, or raises BadReply."""
+
+    def parse(reply: Any) -> Rollout:
+        meta = reply.get("meta_info") if isinstance(reply, dict) else None
+        if not isinstance(meta, dict):
+            raise BadReply("the reply has no meta_info")
+        ids = _token_ids(reply.get("output_ids"), vocab_size)
+        reason = _finish_reason(meta.get("finish_reason"), ids, sampling)
+        _check_weights(meta, str(weight_version))
+        if meta.get("prompt_tokens") != len(prompt.token_ids):
+            raise BadReply(f"{meta.get('prompt_tokens')} prompt tokens instead of {len(prompt.token_ids)}")
+        logprobs = _logprobs(meta.get("output_token_logprobs"), ids)
+        return Rollout(
+            prompt_id=prompt.id,
+            sample=sample,
+            prompt_ids=list(prompt.token_ids),
+            response_ids=ids,
+            logprobs=logprobs,
+            finish_reason=reason,
+            weight_version=weight_version,
+        )
+
+    return parse
+
+
+def _token_ids(ids: Any, vocab_size: int) -> list[int]:
+    if not isinstance(ids, list) or not ids:
+        raise BadReply("the reply has no output_ids")
+    if any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
+        raise BadReply(f"output_ids hold something that is not an id below {vocab_size}")
+    return ids
+
+
+def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
+    """ "stop" or "length", as the ids themselves say it."""
+    kind = reason.get("type") if isinstance(reason, dict) else None
+    if kind == "abort":
+        raise BadReply(f"the server aborted the response: {reason.get('message')}")
+    stops = [position for position, token in enumerate(ids) if token in sampling.stop_ids]
+    complete = stops[0] == len(ids) - 1 if stops else len(ids) == sampling.max_new_tokens
+    if kind not in ("stop", "length") or not complete or len(ids) > sampling.max_new_tokens:
+        raise BadReply(f"a response of {len(ids)} tokens with the finish reason {reason}")
+    return "stop" if stops else "length"
+
+
+def _check_weights(meta: dict[str, Any], version: str) -> None:
+    spans = meta.get("weight_versions") or []
+    found = {str(span.get("version")) if isinstance(span, dict) else "?" for span in spans}
+    found.add(str(meta.get("weight_version")))
+    if found != {version}:
+        raise BadReply(f"drawn with the weights {', '.join(sorted(found))} instead of {version}")
+
+
+def _logprobs(entries: Any, ids: list[int]) -> list[float]:
+    """From [log-prob, id, text] for every token."""
+    if not isinstance(entries, list) or len(entries) != len(ids):
+        count = len(entries) if isinstance(entries, list) else "no"
+        raise BadReply(f"{count} log-probs for {len(ids)} tokens")
+    logprobs = []
+    for entry, token in zip(entries, ids, strict=True):
+        value = entry[0] if isinstance(entry, list) and len(entry) > 1 and entry[1] == token else None
+        if not isinstance(value, float | int) or not math.isfinite(value) or value > 1e-3:
+            raise BadReply(f"the log-prob of token {token} is {entry}")
+        logprobs.append(float(value))
+    return logprobs

@@ -1,0 +1,81 @@
+"""The servers of a run whose rollouts SGLang draws: started with the student's weights, kept in step, and ended."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megatron_opd.config.schema import SGLangConfig
+from megatron_opd.rollout.servers import Servers, ServerSettings
+from megatron_opd.rollout.sglang import SGLangEngine
+from megatron_opd.training.job import Job
+from megatron_opd.weight_sync.disk import DiskSync
+
+
+@contextmanager
+def serving(job: Job, say: Callable[[str], None]) -> Iterator[Callable[[int], float]]:
+    """`with serving(job, say) as publish:` then `publish(step)` has all later rollouts drawn with the weights of now.
+
+    `step` is the optimizer steps behind the weights; the result is the seconds it took. It comes once before the first
+    rollout, when servers are started, and after every step; the local engine has the student's weights anyway. `say`
+    prints a line. At the end, and after any error, the servers that the run has started are ended. `publish` is
+    collective, see `DiskSync.push`.
+    """
+    engine = job.engine
+    if not isinstance(engine, SGLangEngine):
+        yield lambda step: 0.0
+        return
+    sync = build_sync(job, engine, say)
+
+    def publish(step: int) -> float:
+        began = time.perf_counter()
+        sync.push(job.student.chunks, step)
+        return time.perf_counter() - began
+
+    try:
+        yield publish
+    finally:
+        sync.close()
+
+
+def build_sync(job: Job, engine: SGLangEngine, say: Callable[[str], None]) -> DiskSync:
+    """The weight sync of this rank; rank 0's has the servers that the run starts, if it does."""
+    config = job.config.rollout.sglang
+    folder = job.config.run_dir / "servers"
+    servers = None
+    if not config.urls and dist.get_rank() == 0:
+        servers = Servers(server_settings(job, config), folder, say)
+    return DiskSync(
+        engine,
+        job.architecture,
+        job.groups,
+        source=job.config.student.path,
+        folder=folder / "weights",
+        servers=servers,
+        urls=config.urls,
+        api_key=os.environ.get("SGLANG_API_KEY") if config.urls else None,
+        options={
+            "concurrency": config.concurrency,
+            "request_timeout": config.request_timeout,
+            "outage_timeout": config.outage_timeout,
+        },
+        say=say,
+    )
+
+
+def server_settings(job: Job, config: SGLangConfig) -> ServerSettings:
+    """How the servers of this run are started."""
+    assert config.python is not None
+    return ServerSettings(
+        python=config.python,
+        count=config.servers,
+        dtype={"bf16": "bfloat16", "fp32": "float32"}[job.config.precision],
+        longest=job.config.data.max_prompt_tokens + job.config.rollout.max_new_tokens,
+        concurrency=config.concurrency,
+        stop_ids=job.texts.stop_ids,
+        start_timeout=config.outage_timeout,
+        host=config.host,
+        arguments=tuple(config.arguments),
+    )
