@@ -202,7 +202,7 @@ class Replicas:
         rest = min(LONGEST_REST, FIRST_REST * 2 ** max(0, replica.failures - 1))
         while replica.trouble:
             await asyncio.sleep(rest * random.uniform(0.75, 1.25))
-            trouble = await self.trouble_of(replica.url, version)
+            trouble = await self._trouble_of(replica.url, version)
             if trouble:
                 replica.trouble = trouble
                 rest = min(LONGEST_REST, 2 * rest)
@@ -210,7 +210,7 @@ class Replicas:
                 replica.trouble = ""
         self._look_again()
 
-    async def trouble_of(self, url: str, version: str | None) -> str:
+    async def _trouble_of(self, url: str, version: str) -> str:
         """Why a server cannot be asked: it does not generate, or has other weights. Empty when it can."""
         try:
             health = await self._http.get(url + "/health", timeout=PROBE_TIMEOUT)
@@ -220,7 +220,7 @@ class Replicas:
         except (httpx.HTTPError, BadReply, UserError) as error:
             return str(error) or type(error).__name__
         found = info.get("weight_version") if isinstance(info, dict) else None
-        return "" if version in (None, found) else f"it has the weights {found!r} instead of {version!r}"
+        return "" if version == found else f"it has the weights {found!r} instead of {version!r}"
 
 
 def _reason(response: httpx.Response) -> str:

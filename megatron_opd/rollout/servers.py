@@ -201,7 +201,7 @@ class Servers:
             seconds = time.monotonic() - began
             if seconds > self._settings.start_timeout and not all(server.ready for server in waiting):
                 raise UserError(
-                    f"rollout.sglang.start_timeout: an SGLang server does not answer after {seconds:.0f} s; it said "
+                    f"rollout.sglang.outage_timeout: an SGLang server does not answer after {seconds:.0f} s; it said "
                     f"last: {last_line(waiting[0].log)} (log: {waiting[0].log})"
                 )
             if time.monotonic() - spoken > PROGRESS_EVERY:

@@ -5,15 +5,14 @@ the last layer. A server on a GPU hashes by a kernel of its own: then the server
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from megatron_opd.checkpoint.hf_import import HfReader
 from megatron_opd.errors import UserError
 
 # SGLang's tensor in a layer -> the Hugging Face tensors that it is stacked from.
@@ -35,7 +34,7 @@ def checksum(tensor: Tensor) -> str:
 
 def exported_checksums(folder: Path, layers: int) -> dict[str, str]:
     """By SGLang's names, for the final norm and the dense tensors of the first and the last layer of an export."""
-    files = _files_of(folder)
+    reader = HfReader(folder)
     sources: dict[str, tuple[str, ...]] = {"model.norm.weight": ("model.norm.weight",)}
     for layer in {0, layers - 1}:
         prefix = f"model.layers.{layer}."
@@ -43,9 +42,9 @@ def exported_checksums(folder: Path, layers: int) -> dict[str, str]:
             prefix + name: tuple(prefix + part for part in parts) for name, parts in _IN_A_LAYER.items()
         }
     return {
-        name: checksum(torch.cat([_read(files[part], part) for part in parts]))
+        name: checksum(torch.cat([reader.read(part, 0, 0, reader.shape(part)[0]) for part in parts]))
         for name, parts in sources.items()
-        if all(part in files for part in parts)
+        if reader.names.issuperset(parts)
     }
 
 
@@ -73,18 +72,3 @@ def _compare(url: str, found: Mapping[str, str], expected: Mapping[str, str], wh
             f"rollout.sglang: after the weight sync {differing[0]} and {len(differing) - 1} more tensors of {url} "
             f"differ from those of {whose}: do both read the same folder?"
         )
-
-
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that has it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    (file,) = folder.glob("*.safetensors")
-    with safe_open(file, "pt") as tensors:
-        return dict.fromkeys(tensors.keys(), file)
-
-
-def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor(name)

@@ -42,7 +42,7 @@ def test_a_server_that_never_answers_is_ended_in_time(tmp_path: Path) -> None:
     before = children()
     python = script(tmp_path / "python", "echo still loading; exec sleep 600")
     servers = Servers(replace(SETTINGS, python=python, start_timeout=1.0), tmp_path / "servers", print)
-    with pytest.raises(UserError, match=r"start_timeout: .* still loading"):
+    with pytest.raises(UserError, match=r"^rollout\.sglang\.outage_timeout: .* still loading"):
         servers.start(tmp_path, "0")
     assert children() <= before
 
