@@ -14,10 +14,6 @@ from tests.sglang_server import sglang
 
 __all__ = ["sglang"]
 
-if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when Triton is first imported: before any test module
 hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

@@ -4,16 +4,15 @@
 the `gloo` fixture: `results = gloo(world_size, fn, *args, **kwargs)` runs the module-level function `fn` on
 every rank of an initialised gloo WORLD group and returns what each rank returned, by rank.
 
-Workers keep their Python state between calls: seed what you draw. Process groups that `fn` makes are
-destroyed when it returns. A call that fails on some ranks only, or that runs out of time, ends its pool; the
-next call starts a new one.
+Workers keep their Python state between calls: seed what you draw. They keep the process groups that `fn` makes,
+too, for the next call that asks for the same ranks. A call that fails on some ranks only, or that runs out of
+time, ends its pool; the next call starts a new one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import multiprocessing
 import os
 import pickle
@@ -22,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -190,37 +190,56 @@ def _worker(rank: int, world_size: int, port: int, connection: Connection) -> No
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
     )
+    groups = _Groups()
+    dist.new_group = dist.distributed_c10d.new_group = groups.new_group
     while True:
         path, job = pickle.loads(connection.recv_bytes())
         sys.path[:] = path  # pytest adds the folders of the test modules as it collects them
-        connection.send_bytes(_run(rank, job))
+        connection.send_bytes(_run(rank, job, groups))
 
 
-def _run(rank: int, job: bytes) -> bytes:
-    groups = set(dist.distributed_c10d._world.pg_map)
+class _Groups:
+    """Process groups for call after call: within a call all are distinct, as torch makes them.
+
+    Each costs connections between all its ranks and three threads. Objects in a circle that Python's collector
+    cannot see (megatron-core's DDP wrapper, through autograd's hooks) would keep those threads although the group is
+    destroyed: thousands of them in a session.
+    """
+
+    def __init__(self) -> None:
+        self._make = dist.new_group
+        self._kept: dict[Any, list[Any]] = {}
+        self._used: Counter[Any] = Counter()
+
+    def new_group(self, ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.distributed.new_group`."""
+        key = (None if ranks is None else tuple(ranks), args, tuple(sorted(kwargs.items())))
+        kept, used = self._kept.setdefault(key, []), self._used[key]
+        if used == len(kept):
+            kept.append(self._make(ranks, *args, **kwargs))
+        self._used[key] += 1
+        return kept[used]
+
+    def end_call(self, *, healthy: bool) -> None:
+        """Give the groups free for the next call; after a failure some may be out of step, so none is used again."""
+        self._used.clear()
+        if not healthy:
+            for group in (group for kept in self._kept.values() for group in kept):
+                dist.destroy_process_group(group)
+            self._kept.clear()
+
+
+def _run(rank: int, job: bytes, groups: _Groups) -> bytes:
+    healthy = False
     try:
         fn, args, kwargs = pickle.loads(job)
-        return pickle.dumps(fn(*args, **kwargs))
+        answer = pickle.dumps(fn(*args, **kwargs))
+        healthy = True
+        return answer
     except BaseException as error:
         return pickle.dumps(_Failure(rank, error, traceback.format_exc()))
     finally:
-        made = set(dist.distributed_c10d._world.pg_map) - groups
-        for group in made:
-            dist.destroy_process_group(group)
-        if made:
-            del made, group
-            _forget_models()
-
-
-def _forget_models() -> None:
-    """Free the models of a call and the process groups they hold, each of which has threads: they add up to thousands.
-
-    megatron-core's DDP wrapper lies in a circle through autograd's hooks, which Python's collector cannot see.
-    """
-    for found in gc.get_objects():
-        if type(found).__name__ == "DistributedDataParallel":
-            found.grad_accs.clear()
-    gc.collect()
+        groups.end_call(healthy=healthy)
 
 
 def _end_with_parent() -> None:

@@ -22,10 +22,10 @@ def pid() -> int:
     return os.getpid()
 
 
-def subgroup_count() -> int:
-    for rank in range(dist.get_world_size()):
-        dist.new_group([rank])
-    return len(dist.distributed_c10d._world.pg_map)
+def subgroups() -> tuple[int, int]:
+    """Distinct groups of this call, and of all calls."""
+    made = {dist.new_group([rank]) for rank in range(2) for _ in range(3)}
+    return len(made - {dist.GroupMember.NON_GROUP_MEMBER}), len(dist.distributed_c10d._world.pg_map)
 
 
 def fail_on(rank: int) -> None:
@@ -54,9 +54,10 @@ def test_results_by_rank(gloo: GlooPools, world_size: int) -> None:
     assert all(r[1] == str(world_size) and r[2] == 1 and r[3].item() == total for r in results)
 
 
-def test_workers_persist_and_groups_do_not(gloo: GlooPools) -> None:
+def test_workers_persist_with_their_groups(gloo: GlooPools) -> None:
     assert gloo(2, pid) == gloo(2, pid)
-    assert gloo(2, subgroup_count) == gloo(2, subgroup_count)
+    first = gloo(2, subgroups)
+    assert first[0][0] == 3 and gloo(2, subgroups) == first
 
 
 def test_exception_names_the_rank_and_pool_recovers() -> None:

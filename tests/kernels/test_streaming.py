@@ -1,6 +1,6 @@
 """What both implementations of the streaming passes must give: the dense formulas, on every kind of input.
 
-Without a GPU the Triton kernels run in Triton's interpreter (see tests/conftest.py), in tiles of a few columns.
+Without a GPU the Triton kernels run in Triton's interpreter (see tests/__init__.py), in tiles of a few columns.
 """
 
 from __future__ import annotations
