@@ -8,13 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from megatron_opd.cli_convert import convert
-from megatron_opd.cli_plan import plan
+from megatron_opd.cli_plan import ConfigFile, Overrides, plan
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import end_with_launcher, report_user_error
 
@@ -28,12 +27,6 @@ launch = typer.Typer(help="Start a training with all its processes.", no_args_is
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Values that win over the file's, such as optimizer.lr=1e-5."),
-]
 
 
 @app.command()

@@ -36,6 +36,11 @@ class Checked:
         """Of all models of the run."""
         return [arch for arch in (self.student, self.teacher, self.reference) if arch is not None]
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of every embedding and head: all models are padded to the same number."""
+        return max(arch.padded_vocab_size(self.parallel.tensor) for arch in self.architectures)
+
 
 def check_before_start(config: Config, world_size: int) -> Checked:
     """Checks that `config` can run on `world_size` processes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tests.gloo_pool import GlooPools
 from tests.sglang_server import sglang
+from tests.training.tiny_run import save_pair
 
 __all__ = ["sglang"]
 
@@ -36,3 +38,11 @@ def gloo() -> Iterator[GlooPools]:
     pools = GlooPools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what `save_pair` saves: students and a teacher of other sizes."""
+    folder = tmp_path_factory.mktemp("models")
+    save_pair(folder)
+    return folder

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_opd.checkpoint.store import published
 from megatron_opd.cli import main
-from tests.data.tiny_tokenizer import WORDS, save_tokenizer
+from tests.data.tiny_tokenizer import WORDS, save_tokenizer, write_prompts
 from tests.tiny import save_tiny_model
 
 TIMINGS = ("_seconds", "/seconds")
@@ -37,9 +37,7 @@ def inputs(tmp_path_factory):
     for name in ("student", "teacher"):
         save_tokenizer(folder / name)
     for name, rows in (("train", 20), ("heldout", 6)):
-        prompts = (" ".join(WORDS[(i * k) % 8] for k in range(1, 4 + i % 5)) for i in range(rows))
-        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        write_prompts(folder / f"{name}.jsonl", rows)
     return folder
 
 

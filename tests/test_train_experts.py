@@ -1,6 +1,5 @@
 """Whole runs of a student with experts, spread over two processes: learning, logging, resuming, exporting."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from megatron_opd.config.load import load_config
 from megatron_opd.train import train_step
 from megatron_opd.training.job import set_up
 from tests.checkpoint.models import write_hf
-from tests.data.tiny_tokenizer import WORDS, save_tokenizer
+from tests.data.tiny_tokenizer import save_tokenizer, write_prompts
 from tests.test_train import metrics, run, write_config
 from tests.tiny import VOCAB, save_tiny_model
 
@@ -31,9 +30,7 @@ def inputs(tmp_path_factory):
     for name in ("student", "experts", "dense"):
         save_tokenizer(folder / name)
     for name, rows in (("train", 20), ("heldout", 6)):
-        prompts = (" ".join(WORDS[(i * k) % 8] for k in range(1, 4 + i % 5)) for i in range(rows))
-        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        write_prompts(folder / f"{name}.jsonl", rows)
     return folder
 
 

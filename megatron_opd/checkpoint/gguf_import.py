@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from megatron_opd.checkpoint.folders import aside_of, written_together
 from megatron_opd.checkpoint.gguf_config import GgufMetadata, read_gguf_config, token_ids
-from megatron_opd.checkpoint.hf_families import hf_shapes, model_weights
+from megatron_opd.checkpoint.hf_families import model_weights
 from megatron_opd.checkpoint.safetensors_files import FILE_BYTES, SafetensorsFiles, TensorSpec
 from megatron_opd.checkpoint.state_read import first_line
 from megatron_opd.errors import UserError, check_readable
@@ -158,7 +158,7 @@ def _places(arch: Architecture, file: GgufFile) -> dict[str, _Place]:
     names = gguf.get_tensor_name_map(numbers[architecture], arch.num_layers)
     places: dict[str, _Place] = {}
     for weight in model_weights(arch):
-        for name, shape in hf_shapes(weight, arch).items():
+        for name, shape in weight.shapes(arch.dimensions).items():
             expert = _EXPERT.fullmatch(name)
             stem, _, ending = (f"{expert[1]}.{expert[3]}" if expert else name).rpartition(".")
             gguf_name = f"{names.get_name(stem)}.{ending}"

@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_opd.checkpoint.folders import written_aside
 from megatron_opd.checkpoint.hf_families import (
     hf_from_shards,
-    hf_shapes,
     model_weights,
     stage_parameters,
 )
@@ -55,7 +54,7 @@ def export_hf_tensors(
     device = next(chunks[0].parameters()).device
     exported: set[str] = set()
     for weight in model_weights(arch):
-        shapes = hf_shapes(weight, arch)
+        shapes = weight.shapes(arch.dimensions)
         if exported.issuperset(shapes):  # the tied LM head
             continue
         exported.update(shapes)
@@ -144,7 +143,7 @@ def _write_safetensors(
 ) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in model_weights(arch):
-        shapes |= hf_shapes(weight, arch)
+        shapes |= weight.shapes(arch.dimensions)
     specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]
     files = SafetensorsFiles(folder, specs, file_bytes)
     files.create()

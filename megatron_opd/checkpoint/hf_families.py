@@ -49,21 +49,6 @@ def _of_experts(rows: Iterable[Weight], arch: Architecture) -> Iterator[Weight]:
             yield from (row.of_expert(expert) for row in expert_rows)
 
 
-def hf_shapes(weight: Weight, arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Hugging Face tensors that the parameter is made of: name -> shape."""
-    sizes = {
-        "vocab": arch.vocab_size,
-        "hidden": arch.hidden_size,
-        "query": arch.num_heads * arch.head_dim,
-        "key": arch.num_kv_groups * arch.head_dim,
-        "head": arch.head_dim,
-        "ffn": arch.ffn_size,
-        "experts": arch.moe.num_experts if arch.moe else 0,
-        "expert_ffn": arch.moe.expert_ffn_size if arch.moe else 0,
-    }
-    return {name: tuple(sizes[dim] for dim in dims.split()) for name, dims in weight.hf}
-
-
 def stored_at(weight: Weight, arch: Architecture) -> tuple[str, tuple[tuple[str, int, int], ...]]:
     """Where megatron-core's checkpoint format keeps the parameter: (key of the stored tensor, leading axes).
 
@@ -112,7 +97,7 @@ def shard_from_hf(
     padded_vocab_size: int,
 ) -> Tensor:
     """One rank's shard of a parameter, in the Hugging Face dtype, from just the slices it needs."""
-    shapes = hf_shapes(weight, arch)
+    shapes = weight.shapes(arch.dimensions)
     if weight.layout == "vocab":
         (name,) = shapes
         return _vocab_shard(name, arch, read, padded_vocab_size // tp_size, tp_rank)

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_opd.checkpoint.hf_families import (
-    hf_shapes,
     model_weights,
     shard_from_hf,
     stage_parameters,
@@ -136,7 +135,7 @@ def check_hf_weights(reader: HfReader, arch: Architecture) -> None:
     optional = {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
     expected: dict[str, tuple[int, ...]] = {}
     for weight in model_weights(arch):
-        expected |= hf_shapes(weight, arch)
+        expected |= weight.shapes(arch.dimensions)
     copied = arch.tied_embeddings and LM_HEAD in reader.names
     if copied:
         expected[LM_HEAD] = expected[EMBEDDING]

@@ -12,7 +12,7 @@ import torch
 
 from megatron_opd.checkpoint.checksums import StateChecksums
 from megatron_opd.checkpoint.hf_import import HfReader
-from megatron_opd.checkpoint.pieces import Piece, Plan, dtype_name
+from megatron_opd.checkpoint.pieces import Plan, dtype_name
 from megatron_opd.checkpoint.safetensors_files import DTYPES
 from megatron_opd.checkpoint.shared_count import Progress, SharedCount
 from megatron_opd.checkpoint.state_read import StateReader, StoredTensor
@@ -88,16 +88,9 @@ def _architecture_rows(arch: Architecture) -> Rows:
 
 def _parameter_rows(plan: Plan) -> Rows:
     """All parameters (tied embeddings once), and those that one token goes through."""
-    total = sum(_count(piece) for piece in plan.pieces)
-    if plan.arch.moe is None:
-        return [("parameters", f"{total:,}")]
-    in_experts = sum(_count(piece) for piece in plan.pieces if piece.weight.expert is not None)
-    active = total - in_experts + in_experts // plan.arch.moe.num_experts * plan.arch.moe.experts_per_token
-    return [("parameters", f"{total:,}, of which a token uses {active:,}")]
-
-
-def _count(piece: Piece) -> int:
-    return sum(torch.Size(shape).numel() for shape in piece.hf.values())
+    total, active = plan.arch.parameter_count(), plan.arch.parameter_count(active=True)
+    used = f", of which a token uses {active:,}" if plan.arch.moe else ""
+    return [("parameters", f"{total:,}{used}")]
 
 
 def _summary(tensors: Iterable[StoredTensor]) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.checkpoint.hf_families import hf_from_shards, hf_shapes, model_weights, stored_at
+from megatron_opd.checkpoint.hf_families import hf_from_shards, model_weights, stored_at
 from megatron_opd.checkpoint.hf_import import HfReader
 from megatron_opd.checkpoint.safetensors_files import TensorSpec
 from megatron_opd.checkpoint.state_read import StateReader
@@ -181,7 +181,7 @@ def model_pieces(arch: Architecture) -> list[Piece]:
     pieces: list[Piece] = []
     seen: set[str] = set()
     for weight in model_weights(arch):
-        shapes = hf_shapes(weight, arch)
+        shapes = weight.shapes(arch.dimensions)
         if not seen.issuperset(shapes):  # all but the tied LM head
             seen.update(shapes)
             pieces.extend(_pieces_of(weight, arch))
@@ -211,7 +211,7 @@ def _pieces_of(weight: Weight, arch: Architecture) -> Iterator[Piece]:
     for part, size in zip(parts, sizes, strict=True):
         yield Piece(
             weight=part,
-            hf=hf_shapes(part, arch),
+            hf=part.shapes(arch.dimensions),
             key=key,
             global_shape=counts + own_shape,
             offsets=(*numbers, row, *(0 for _ in own_shape[1:])),
@@ -222,6 +222,6 @@ def _pieces_of(weight: Weight, arch: Architecture) -> Iterator[Piece]:
 
 
 def _size(weight: Weight, arch: Architecture) -> tuple[int, ...]:
-    shapes = list(hf_shapes(weight, arch).values())
+    shapes = list(weight.shapes(arch.dimensions).values())
     rows = arch.padded_vocab_size(1) if weight.layout == "vocab" else sum(shape[0] for shape in shapes)
     return (rows, *shapes[0][1:])

@@ -172,7 +172,7 @@ class CheckpointStore:
         if sharded != _is_sharded(optimizer):
             raise UserError(
                 f"optimizer.distributed: {folder} was saved with {str(sharded).lower()}, which this run cannot load: "
-                f"set it to {str(sharded).lower()} (null depends on the number of replicas)"
+                f"set it to {str(sharded).lower()}"
             )
         with plain_data_only(folder / STATE):
             state = dist_checkpointing.load(

@@ -329,13 +329,18 @@ class OptimizerConfig(Section):
     )
     distributed: bool | None = Field(
         None,
-        description="Shard the optimizer's state over data- and context-parallel processes. null: when there are "
-        "several, or with cpu_offload; sgd has none to shard.",
+        description="Shard the optimizer's state over data- and context-parallel processes. null: adam's; sgd has "
+        "none.",
     )
     cpu_offload: bool = Field(
         False,
         description="Keep the optimizer's state in host memory and update there. Needs a GPU and transformer-engine.",
     )
+
+    @property
+    def sharded(self) -> bool:
+        """What `distributed` comes to. adam's state is sharded on one process too: it loads on any number."""
+        return self.name == "adam" if self.distributed is None else self.distributed
 
 
 class TrainingConfig(Section):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_opd.errors import UserError
 from megatron_opd.models.families import FAMILIES
-from megatron_opd.models.families.rows import Family
+from megatron_opd.models.families.rows import LM_HEAD, Family
 from megatron_opd.models.rope import RopeSettings, read_rope
 
 
@@ -54,6 +54,33 @@ class Architecture:
     def num_experts(self) -> int:
         """Experts of a layer, 0 in a dense model."""
         return self.moe.num_experts if self.moe else 0
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The dimensions that the rows of the families' tables name."""
+        return {
+            "vocab": self.vocab_size,
+            "hidden": self.hidden_size,
+            "query": self.num_heads * self.head_dim,
+            "key": self.num_kv_groups * self.head_dim,
+            "head": self.head_dim,
+            "ffn": self.ffn_size,
+            "experts": self.num_experts,
+            "expert_ffn": self.moe.expert_ffn_size if self.moe else 0,
+        }
+
+    def parameter_count(self, *, active: bool = False) -> int:
+        """Parameters without padding, tied embeddings once; `active`: those that one token passes through."""
+        total = 0
+        for row in FAMILIES[self.family].rows:
+            if self.tied_embeddings and row.hf[0][0] == LM_HEAD:
+                continue
+            copies = self.num_layers if row.in_layer else 1
+            if row.in_expert:
+                assert self.moe is not None
+                copies *= self.moe.experts_per_token if active else self.num_experts
+            total += copies * row.numel(self.dimensions)
+        return total
 
     def with_aux_loss(self, coefficient: float | None) -> "Architecture":
         """The same model with another coefficient of the balancing loss; None keeps it."""

@@ -104,7 +104,7 @@ def _changes(plan: Plan) -> Iterator[Changes]:
     least = -(-(work.prompt + work.response) // segment) * segment
     for tokens in sorted({least, 2 * budget, max(least, budget // 2 // segment * segment)} - {budget}):
         yield {"training.microbatch_tokens": tokens}
-    if plan.setting.distributed_optimizer is False and config.optimizer.name == "adam":
+    if not config.optimizer.sharded and config.optimizer.name == "adam":
         yield {"optimizer.distributed": True}
     if plan.hardware.kernels != "cpu" and not config.teacher.offload:
         yield {"teacher.offload": True}

@@ -7,7 +7,7 @@ functions and softmaxes are left out: they are bound by memory, and `achieved` o
 """
 
 from megatron_opd.models.architecture import Architecture
-from megatron_opd.plan.parameters import chunks_of_stage
+from megatron_opd.plan.parameters import stage_layers
 from megatron_opd.plan.setting import Pack, Setting
 
 _BACKWARD_PRODUCTS = 2.0
@@ -81,7 +81,7 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
     last = stage == setting.layout.pipeline - 1
     passes = work.updates * work.microbatches
     layers = {
-        name: sum(chunk.layers for chunk in chunks_of_stage(arch, setting.layout, stage))
+        name: stage_layers(arch, setting.layout)
         for name, arch in (("student", student), ("teacher", setting.teacher))
     }
     own = layers["student"]
@@ -111,7 +111,7 @@ def _other_scoring(setting: Setting, stage: int) -> float:
     """Log-probs of a reference (every update) and of the student as it was (all but the first), a microbatch."""
     total = 0.0
     for arch, share in scoring_passes(setting):
-        layers = sum(chunk.layers for chunk in chunks_of_stage(arch, setting.layout, stage))
+        layers = stage_layers(arch, setting.layout)
         total += share * layers * layer_forward(setting, arch, setting.workload.pack)
         if stage == setting.layout.pipeline - 1:
             total += share * head_product(setting, arch.hidden_size, setting.workload.pack.loss_tokens)

@@ -14,7 +14,7 @@ from megatron_opd.kernels.torch_streaming import CPU_BLOCK_ELEMENTS
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.objectives.logits import CPU_WEIGHT_GRADIENT_ELEMENTS, DEVICE_WEIGHT_GRADIENT_ELEMENTS
 from megatron_opd.plan.activations import kept_by_chunk, kept_by_layer, recomputed_attention
-from megatron_opd.plan.parameters import Parameter, chunks_of_stage, stage_parameters
+from megatron_opd.plan.parameters import Parameter, chunks_of_stage, stage_layers, stage_parameters
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
 
@@ -127,7 +127,7 @@ def trained_bytes(setting: Setting, chunks: Sequence[Sequence[Parameter]]) -> tu
     same length. State: two float32 moments with Adam, none with SGD, and for bf16 weights float32 masters; of all
     parameters, or with the distributed optimizer of an equal part of every bucket.
     """
-    distributed, value = setting.distributed_optimizer, setting.bytes_per_value
+    distributed, value = setting.config.optimizer.sharded, setting.bytes_per_value
     per_number = (8 if setting.config.optimizer.name == "adam" else 0) + (4 if value < _FP32 else 0)
     weights = gradients = state = 0
     for chunk in chunks:
@@ -174,7 +174,7 @@ def _rollout(setting: Setting, stage: int, chunks: Sequence[Sequence[Parameter]]
     weights' dtype and two float32 copies.
     """
     arch, work, layout = setting.student, setting.workload, setting.layout
-    layers = sum(chunk.layers for chunk in chunks_of_stage(arch, layout, stage))
+    layers = stage_layers(arch, layout)
     value = setting.bytes_per_value
     experts = sum(parameter.numel for chunk in chunks for parameter in chunk if parameter.expert)
     all_experts = experts * layout.expert // layout.tensor

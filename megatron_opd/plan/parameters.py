@@ -3,7 +3,6 @@
 Sizes come from the family's table (`models.families`), the same one that weights are loaded by.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -56,6 +55,11 @@ def chunks_of_stage(arch: Architecture, layout: ParallelLayout, stage: int) -> l
     ]
 
 
+def stage_layers(arch: Architecture, layout: ParallelLayout) -> int:
+    """Layers of a pipeline stage, in all its chunks; every stage has the same number."""
+    return arch.num_layers // layout.pipeline
+
+
 def chunk_parameters(
     arch: Architecture, layout: ParallelLayout, padded_vocab: int, chunk: Chunk
 ) -> tuple[Parameter, ...]:
@@ -87,21 +91,6 @@ def stage_parameters(
     return tuple(chunk_parameters(arch, layout, padded_vocab, chunk) for chunk in chunks)
 
 
-def count(arch: Architecture, *, active: bool = False) -> int:
-    """Parameters of the whole model without padding; `active`: those that one token passes through."""
-    sizes = _sizes(arch, arch.vocab_size)
-    total = 0
-    for row in FAMILIES[arch.family].rows:
-        if arch.tied_embeddings and row.hf[0][0] == LM_HEAD:
-            continue
-        copies = arch.num_layers if row.in_layer else 1
-        if row.in_expert:
-            assert arch.moe is not None
-            copies *= arch.moe.experts_per_token if active else arch.num_experts
-        total += copies * _numel(row, sizes)
-    return total
-
-
 def _layer_parameters(arch: Architecture, layout: ParallelLayout) -> list[Parameter]:
     rows = [row for row in FAMILIES[arch.family].rows if row.in_layer]
     place = {name: index for index, name in enumerate(_REGISTERED)}
@@ -117,24 +106,7 @@ def _layer_parameters(arch: Architecture, layout: ParallelLayout) -> list[Parame
 
 
 def _parameter(arch: Architecture, layout: ParallelLayout, padded_vocab: int, row: Weight) -> Parameter:
-    numel = _numel(row, _sizes(arch, padded_vocab))
+    numel = row.numel(arch.dimensions | {"vocab": padded_vocab})
     if row.sharding != "replicated":
         numel //= layout.tensor
     return Parameter(numel, matrix=" " in row.hf[0][1], expert=row.in_expert)
-
-
-def _numel(row: Weight, sizes: dict[str, int]) -> int:
-    return sum(math.prod(sizes[dim] for dim in dims.split()) for _, dims in row.hf)
-
-
-def _sizes(arch: Architecture, vocab: int) -> dict[str, int]:
-    return {
-        "vocab": vocab,
-        "hidden": arch.hidden_size,
-        "query": arch.num_heads * arch.head_dim,
-        "key": arch.num_kv_groups * arch.head_dim,
-        "head": arch.head_dim,
-        "ffn": arch.ffn_size,
-        "experts": arch.num_experts,
-        "expert_ffn": arch.moe.expert_ffn_size if arch.moe else 0,
-    }

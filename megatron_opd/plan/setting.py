@@ -1,7 +1,6 @@
 """What is planned: a checked configuration with its models and layout, and how many tokens a step has."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from megatron_opd.config.schema import Config
@@ -94,6 +93,7 @@ class Setting:
     objective: Objective
     layout: ParallelLayout
     workload: Workload
+    padded_vocab: int  # rows of every embedding and head
     kernels: Kernels
 
     @classmethod
@@ -111,14 +111,9 @@ class Setting:
             objective=checked.objective,
             layout=layout,
             workload=Workload.of(config, layout),
+            padded_vocab=checked.padded_vocab_size,
             kernels=kernels,
         )
-
-    @cached_property
-    def padded_vocab(self) -> int:
-        """Rows of every embedding and head: all models are padded to the same number."""
-        models = (self.student, self.teacher, self.reference)
-        return max(arch.padded_vocab_size(self.layout.tensor) for arch in models if arch is not None)
 
     @property
     def vocab_shard(self) -> int:
@@ -129,14 +124,6 @@ class Setting:
     def bytes_per_value(self) -> int:
         """Of weights and of most activations."""
         return DTYPES[self.config.precision].itemsize
-
-    @property
-    def distributed_optimizer(self) -> bool:
-        """Whether the optimizer's state is sharded, as `training.student` decides it."""
-        optimizer = self.config.optimizer
-        if optimizer.distributed is not None:
-            return optimizer.distributed
-        return optimizer.name == "adam" and (optimizer.cpu_offload or self.data_ranks > 1)
 
     @property
     def data_ranks(self) -> int:

@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.plan.advice import Advice, verdict
 from megatron_opd.plan.memory import PHASES, StageMemory
-from megatron_opd.plan.parameters import chunks_of_stage, count
+from megatron_opd.plan.parameters import stage_layers
 from megatron_opd.plan.plan import Plan
 from megatron_opd.plan.timing import LIMITS
 from megatron_opd.plan.traffic import Traffic, group_sizes
@@ -58,7 +58,8 @@ def as_json(plan: Plan, advice: Sequence[Advice]) -> dict[str, Any]:
         "layout": vars(setting.layout) | {"processes": setting.layout.world_size},
         "hardware": plan.hardware.model_dump(),
         "models": {
-            role: {"total": count(arch), "active": count(arch, active=True)} for role, arch in _models(plan)
+            role: {"total": arch.parameter_count(), "active": arch.parameter_count(active=True)}
+            for role, arch in _models(plan)
         },
         "workload": vars(setting.workload)
         | {"pack": vars(setting.workload.pack), "fullest": vars(setting.workload.fullest)},
@@ -101,10 +102,9 @@ def _heading(plan: Plan) -> list[str]:
     layout, work = plan.setting.layout, plan.setting.workload
     lines = []
     for role, arch in _models(plan):
-        active = f", {count(arch, active=True) / 1e9:.2f} B active" if arch.moe else ""
-        lines.append(
-            f"{role:10} {arch.family}, {arch.num_layers} layers, {count(arch) / 1e9:.2f} B parameters{active}"
-        )
+        total = f"{arch.parameter_count() / 1e9:.2f} B parameters"
+        active = f", {arch.parameter_count(active=True) / 1e9:.2f} B active" if arch.moe else ""
+        lines.append(f"{role:10} {arch.family}, {arch.num_layers} layers, {total}{active}")
     plural = "es" if layout.world_size > 1 else ""
     lines.append(f"{'layout':10} {layout}: {layout.world_size} process{plural} on {plan.hardware.name}")
     lines.append(
@@ -138,9 +138,7 @@ def _stages(plan: Plan) -> tuple[str, Table]:
         table.add_column(name, justify="right")
     for memory in plan.memory:
         always = sum(memory.always.values())
-        layers = sum(
-            c.layers for c in chunks_of_stage(plan.setting.student, plan.setting.layout, memory.stage)
-        )
+        layers = stage_layers(plan.setting.student, plan.setting.layout)
         peaks = (_gib(always + sum(memory.phases[phase].values())) for phase in PHASES)
         table.add_row(str(memory.stage), str(layers), _gib(always), *peaks)
     return "GiB by pipeline stage and phase", table

@@ -21,7 +21,7 @@ from megatron_opd.plan.flops import (
 )
 from megatron_opd.plan.hardware import Hardware, Link
 from megatron_opd.plan.memory import frozen_bytes
-from megatron_opd.plan.parameters import Parameter, chunks_of_stage, stage_parameters
+from megatron_opd.plan.parameters import Parameter, stage_layers, stage_parameters
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.plan.traffic import Traffic
 from megatron_opd.rollout.local import PROMPT_TOKENS
@@ -87,7 +87,7 @@ class _Clock:
         pack = Pack(tokens, 0, tokens, work.prompt)
         times = []
         for stage in self._stages:
-            layers = self._layers(student, stage)
+            layers = stage_layers(student, self.setting.layout)
             flops = layers * layer_forward(self.setting, student, pack) * self.setting.layout.context
             times.append(
                 self._work(flops, self._held(student, stage), layers * self._starts(student, FORWARD))
@@ -103,7 +103,7 @@ class _Clock:
         cached *= setting.bytes_per_value / setting.layout.tensor
         seconds = dict.fromkeys(LIMITS, 0.0)
         for stage in self._stages:
-            layers = self._layers(arch, stage)
+            layers = stage_layers(arch, self.setting.layout)
             flops = layers * decode_layer(setting, arch, slots)
             read = self._decoded_weights(stage) + layers * cached
             starts = layers * self._starts(arch, DECODE)
@@ -128,7 +128,7 @@ class _Clock:
         for stage in self._stages:
             stage_time = dict.fromkeys(LIMITS, 0.0)
             for arch, share in [(setting.teacher, 1.0), *scoring_passes(setting)]:
-                layers = self._layers(arch, stage)
+                layers = stage_layers(arch, self.setting.layout)
                 flops = layers * layer_forward(setting, arch, work.pack)
                 if arch is not setting.teacher and stage == last:
                     flops += head_product(setting, arch.hidden_size, work.pack.loss_tokens)
@@ -147,7 +147,7 @@ class _Clock:
         per_layer += layer_again(setting, arch, work.pack)
         times = []
         for stage in self._stages:
-            layers = self._layers(arch, stage)
+            layers = stage_layers(arch, self.setting.layout)
             flops = layers * per_layer
             if stage == setting.layout.pipeline - 1:
                 flops += objective_flops(setting, work.pack)
@@ -164,7 +164,7 @@ class _Clock:
         spans = []
         for stage in self._stages:
             held = [p for chunk in self._parameters(setting.student, stage) for p in chunk]
-            if setting.distributed_optimizer:
+            if setting.config.optimizer.sharded:
                 numbers = sum(p.numel / self._sharing(p) for p in held)
             else:
                 numbers = float(sum(p.numel for p in held))
@@ -190,9 +190,6 @@ class _Clock:
             if model is not None and arch is not None and model.offload
         )
         return setting.workload.updates * moved / (1e9 * self.hardware.host_bandwidth)
-
-    def _layers(self, arch: Architecture, stage: int) -> int:
-        return sum(chunk.layers for chunk in chunks_of_stage(arch, self.setting.layout, stage))
 
     def _parameters(self, arch: Architecture, stage: int) -> tuple[tuple[Parameter, ...], ...]:
         return stage_parameters(arch, self.setting.layout, self.setting.padded_vocab, stage)

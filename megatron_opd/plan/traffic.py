@@ -13,7 +13,7 @@ from megatron_opd.models.architecture import Architecture
 from megatron_opd.plan.activations import Widths
 from megatron_opd.plan.flops import scoring_passes
 from megatron_opd.plan.memory import buckets
-from megatron_opd.plan.parameters import chunks_of_stage, stage_parameters
+from megatron_opd.plan.parameters import chunks_of_stage, stage_layers, stage_parameters
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
 
@@ -76,7 +76,7 @@ def _rollout(setting: Setting, stage: int) -> Iterator[Traffic]:
     weights = stage_parameters(arch, layout, setting.padded_vocab, stage)
     experts = c * sum(p.numel for chunk in weights for p in chunk if p.expert)
     yield _calls(setting, "prompts", "ep", "all_gather", 1, experts * layout.expert)
-    sums = 2 * sum(chunk.layers for chunk in chunks) + (stage == 0)
+    sums = 2 * stage_layers(arch, layout) + (stage == 0)
     hops = sum(not chunk.last for chunk in chunks)
     prompts = work.prompts * work.prompt
     batches = work.generated / work.decoded_together
@@ -142,7 +142,7 @@ def _layers_forward(
     """A layer's attention and feed-forward part each sum [t, H] over TP (with sequence parallelism: all-gather before
     and reduce-scatter after it); experts instead send K tokens a token there and back, with their weights."""
     w = Widths.of(setting, arch, pack)
-    count = passes * sum(chunk.layers for chunk in chunks_of_stage(arch, setting.layout, stage))
+    count = passes * stage_layers(arch, setting.layout)
     parts = 1 if arch.moe else 2
     kinds = ("all_gather", "reduce_scatter") if setting.layout.sequence_parallel else ("all_reduce",)
     for kind in kinds:
@@ -156,7 +156,7 @@ def _attention(
 ) -> Iterator[Traffic]:
     """Keys and values of the whole microbatch over CP, [T, 2 G]; their gradients the other way."""
     w = Widths.of(setting, arch, pack)
-    count = passes * sum(chunk.layers for chunk in chunks_of_stage(arch, setting.layout, stage))
+    count = passes * stage_layers(arch, setting.layout)
     yield _calls(setting, phase, "cp", kind, count, w.c * pack.tokens * 2 * w.G)
 
 
@@ -175,7 +175,7 @@ def _backward(
     more for their weights' gradients."""
     w, layout = Widths.of(setting, arch, pack), setting.layout
     chunks = chunks_of_stage(arch, layout, stage)
-    count = passes * sum(chunk.layers for chunk in chunks)
+    count = passes * stage_layers(arch, layout)
     parts, whole = (1 if arch.moe else 2), w.c * w.t * w.H
     if layout.sequence_parallel:
         yield _calls(
@@ -228,7 +228,7 @@ def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:
     two optimizers, and megatron-core gathers all weights after each."""
     arch, layout, updates = setting.student, setting.layout, setting.workload.updates
     chunks = stage_parameters(arch, layout, setting.padded_vocab, stage)
-    distributed = setting.distributed_optimizer
+    distributed = setting.config.optimizer.sharded
     for chunk in chunks:
         for expert, group in ((False, "dp_cp"), (True, "expt_dp")):
             held = [parameter for parameter in chunk if parameter.expert == expert]
@@ -241,7 +241,7 @@ def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:
                     yield _calls(setting, "optimizer", group, "all_gather", gathers, value * length)
         shared = sum(parameter.numel for parameter in chunk if parameter.shared_embedding)
         yield _calls(setting, "optimizer", "embd", "all_reduce", updates, _FP32 * shared)
-    layers = sum(chunk.layers for chunk in chunks_of_stage(arch, layout, stage))
+    layers = stage_layers(arch, layout)
     norms = layers * 2 * arch.head_dim if arch.qk_norm else 0
     if layout.sequence_parallel:
         router = arch.num_experts * arch.hidden_size

@@ -287,7 +287,7 @@ def load_models(
 
     All vocabularies are padded to the same size.
     """
-    padded = max(arch.padded_vocab_size(layout.tensor) for arch in checked.architectures)
+    padded = checked.padded_vocab_size
 
     def load(arch: Architecture, folder: Path, recompute: str = "none") -> list[GPT]:
         chunks = build_gpt(

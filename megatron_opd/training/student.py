@@ -88,16 +88,12 @@ def build_student(
 ) -> Student:
     """Wrap a model whose weights are loaded for training.
 
-    The optimizer's state is sharded over the data- and context-parallel ranks when `config.distributed` says so (null:
-    Adam's when there are several, or the state lies in host memory). Gradients are reduced in float32 and bf16 weights
-    have float32 masters.
+    The optimizer's state is sharded over the data- and context-parallel ranks when `config.sharded`. Gradients are
+    reduced in float32 and bf16 weights have float32 masters.
     """
     torch_adam.install()
-    distributed = config.distributed
-    if distributed is None:
-        distributed = config.name == "adam" and (config.cpu_offload or groups.dp_cp.size() > 1)
     ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=distributed,
+        use_distributed_optimizer=config.sharded,
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # all ranks judge the reduced norm instead, and skip together
         average_in_collective=False,  # the loss is a sum over tokens; finalize_model_grads divides by their number
@@ -105,7 +101,7 @@ def build_student(
     shared = chunks[0].config
     ddps = [DistributedDataParallel(shared, ddp_config, chunk, pg_collection=groups) for chunk in chunks]
     optimizer = get_megatron_optimizer(
-        _optimizer_settings(config, precision, distributed),
+        _optimizer_settings(config, precision),
         ddps,
         use_gloo_process_groups=False,
         pg_collection=groups,
@@ -118,9 +114,7 @@ def build_student(
     return Student(trained, ddps, optimizer, _build_schedule(optimizer, config, steps), config)
 
 
-def _optimizer_settings(
-    config: OptimizerConfig, precision: str, distributed: bool
-) -> MegatronOptimizerConfig:
+def _optimizer_settings(config: OptimizerConfig, precision: str) -> MegatronOptimizerConfig:
     """Those of this run in megatron-core's words."""
     return MegatronOptimizerConfig(
         optimizer=config.name,
@@ -134,7 +128,7 @@ def _optimizer_settings(
         clip_grad=config.clip_grad,
         bf16=precision == "bf16",
         params_dtype=DTYPES[precision],
-        use_distributed_optimizer=distributed,
+        use_distributed_optimizer=config.sharded,
         optimizer_cpu_offload=config.cpu_offload,
         optimizer_offload_fraction=1.0,
         overlap_cpu_optimizer_d2h_h2d=config.cpu_offload,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -144,3 +145,15 @@ def _logits(chunks: list[GPT], layout: ParallelLayout, groups: ProcessGroupColle
     shards = [torch.empty_like(shard) for _ in range(layout.tensor)]
     dist.all_gather(shards, shard, group=groups.tp)
     return torch.cat(shards, dim=1)
+
+
+def safetensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, by name."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_identical(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name

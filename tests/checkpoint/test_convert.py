@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_opd.checkpoint.checksums import HashedFile, StateChecksums
@@ -32,7 +32,7 @@ from megatron_opd.models.architecture import read_architecture
 from megatron_opd.models.gpt import build_gpt
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
-from tests.checkpoint.models import FAMILIES, write_hf
+from tests.checkpoint.models import FAMILIES, assert_identical, safetensors_of, write_hf
 
 CASES = [(family, family in ("qwen2", "qwen3_moe")) for family in FAMILIES]
 
@@ -46,16 +46,6 @@ def folder(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     return write_hf(tmp_path_factory.mktemp("llama") / "hf", "llama", tied=False, max_shard_size="60KB")
-
-
-def safetensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_identical(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 def save_with_megatron_core(folder: Path, out: Path, layout: ParallelLayout, optimizer: bool = False) -> None:

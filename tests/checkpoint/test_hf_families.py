@@ -15,7 +15,7 @@ from mbridge.models.qwen3 import Qwen3Bridge
 from mbridge.models.qwen3moe import Qwen3MoEBridge
 from transformers import AutoConfig
 
-from megatron_opd.checkpoint.hf_families import hf_from_shards, hf_shapes, model_weights, shard_from_hf
+from megatron_opd.checkpoint.hf_families import hf_from_shards, model_weights, shard_from_hf
 from megatron_opd.models.architecture import read_architecture
 from tests.checkpoint.models import write_hf
 
@@ -54,7 +54,7 @@ def test_names_and_shards_equal_mbridge(tmp_path, family, tied, tp_size):
     arch, bridge = read_architecture(folder), bridge_for(family, folder)
     count = 0
     for weight in model_weights(arch):
-        shapes = hf_shapes(weight, arch)
+        shapes = weight.shapes(arch.dimensions)
         tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
 
         def read(name, dim, start, stop, tensors=tensors):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_opd.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_opd.checkpoint.hf_export import save_hf
@@ -15,17 +15,14 @@ from megatron_opd.models.architecture import read_architecture
 from megatron_opd.models.gpt import build_gpt
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
-from tests.checkpoint.models import hf_logits, hf_model, megatron_results, write_hf
-
-
-def safetensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_identical(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+from tests.checkpoint.models import (
+    assert_identical,
+    hf_logits,
+    hf_model,
+    megatron_results,
+    safetensors_of,
+    write_hf,
+)
 
 
 @pytest.mark.parametrize("vocab_size", [100, 128, 250])

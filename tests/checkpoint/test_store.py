@@ -18,16 +18,9 @@ from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
 from megatron_opd.parallel.groups import ParallelLayout
-from tests.training.tiny_run import TinyRun, assert_close, build_run, save_pair
+from tests.training.tiny_run import TinyRun, assert_close, build_run
 
 ONE = ParallelLayout()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_pair(folder)
-    return folder
 
 
 def _store(run: TinyRun, models: Path, folder: Path, seed: str = "0") -> CheckpointStore:
@@ -86,9 +79,8 @@ def test_the_same_layout_goes_on_bit_for_bit(gloo, models, tmp_path, layout, dis
     ids=str,
 )
 def test_another_layout_goes_on_alike(gloo, models, tmp_path, saved, resumed):
-    distributed = {"optimizer": OptimizerConfig(lr=1e-3, distributed=True)}
-    curve = gloo(saved.world_size, _save_and_go_on, saved, models, tmp_path, **distributed)[0]
-    other = gloo(resumed.world_size, _resume, resumed, models, tmp_path, **distributed)[0]
+    curve = gloo(saved.world_size, _save_and_go_on, saved, models, tmp_path)[0]
+    other = gloo(resumed.world_size, _resume, resumed, models, tmp_path)[0]
     assert_close(other, curve, 1e-5)
 
 
@@ -178,9 +170,9 @@ def test_whole_and_sharded_optimizers_do_not_mix(gloo, models, tmp_path, saved):
     gloo(1, _save_and_go_on, ONE, models, tmp_path, optimizer=OptimizerConfig(distributed=saved))
     other = OptimizerConfig(distributed=not saved)
     expected = (
-        f"was saved with {str(saved).lower()}, which this run cannot load: set it to {str(saved).lower()} "
+        f"was saved with {str(saved).lower()}, which this run cannot load: set it to {str(saved).lower()}"
     )
-    with pytest.raises(UserError, match=f"optimizer.distributed: .*{expected}"):
+    with pytest.raises(UserError, match=f"optimizer.distributed: .*{expected}$"):
         gloo(1, _resume, ONE, models, tmp_path, optimizer=other)
 
 

@@ -5,7 +5,6 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_opd.checkpoint.hf_families import (
-    hf_shapes,
     model_weights,
     shard_from_hf,
     stage_parameters,
@@ -27,7 +26,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def shard(weight: Weight, arch: Architecture, padded: int, tp_rank: int, tp_size: int) -> torch.Tensor:
-    shapes = hf_shapes(weight, arch)
+    shapes = weight.shapes(arch.dimensions)
 
     def read(name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         return random_tensor(name, shapes[name]).narrow(dim, start, stop - start)

@@ -1,5 +1,6 @@
 """A word-level tokenizer made on the spot."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,3 +43,9 @@ def save_tokenizer(folder: Path, **options) -> Path:
     """Write `make_tokenizer(**options)` into a folder."""
     make_tokenizer(**options).save_pretrained(folder)
     return folder
+
+
+def write_prompts(path: Path, count: int) -> None:
+    """A JSONL file of prompts of 3 to 7 words, the first 40 all different."""
+    prompts = (" ".join(WORDS[(i * k) % 8] for k in range(1, 4 + i % 5)) for i in range(count))
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))

@@ -1,5 +1,6 @@
 """The bench's small models as folders, and what a rank of a run on them measures; shared by the tests of the plan."""
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ SIZES = Sizes(layers=4, hidden=256, vocab=2000, length=128, batch=4)
 
 def config(folder: Path, sizes: Sizes = SIZES, **overrides: Any) -> Config:
     """A run of these sizes; overrides spell `__` for the dot of a key."""
-    folder = folder / f"{sizes.experts}-{sizes.length}"
+    folder = folder / "-".join(map(str, astuple(sizes)))
     if not folder.exists():
         folder.mkdir(parents=True)
         save_configs(folder, sizes)

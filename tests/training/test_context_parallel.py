@@ -9,17 +9,10 @@ from megatron_opd.checkpoint.store import CheckpointStore, published
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.parallel.groups import ParallelLayout
-from tests.training.tiny_run import SCHEDULED, assert_close, build_run, save_pair
+from tests.training.tiny_run import SCHEDULED, assert_close, build_run
 
 ONE = ParallelLayout()
 CP2 = ParallelLayout(context=2)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_pair(folder)
-    return folder
 
 
 ONE_TOKEN = [Rollout("0", 0, [7, 20, 33, 46, 59, 72, 85], [98], [-1.0], "length", 0)]

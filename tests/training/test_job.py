@@ -1,6 +1,5 @@
 """Steps of a whole job with every preset, several updates a rollout, masks, and a head that works in chunks."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from megatron_opd.config.load import load_config
 from megatron_opd.config.presets import PRESETS
 from megatron_opd.train import evaluate, train_step
 from megatron_opd.training.job import Job, set_up
-from tests.data.tiny_tokenizer import WORDS, save_tokenizer
+from tests.data.tiny_tokenizer import WORDS, save_tokenizer, write_prompts
 from tests.tiny import save_tiny_model
 
 BASE = {
@@ -33,10 +32,7 @@ def inputs(tmp_path_factory):
     save_tiny_model(folder / "teacher", seed=2, layers=8, hidden=96, tied=False)
     for name in ("student", "teacher"):
         save_tokenizer(folder / name)
-    prompts = (" ".join(WORDS[(i * k) % 8] for k in range(1, 4 + i % 5)) for i in range(12))
-    (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-    )
+    write_prompts(folder / "prompts.jsonl", 12)
     return folder
 
 

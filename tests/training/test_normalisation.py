@@ -14,7 +14,7 @@ from megatron_opd.data.packing import Microbatch
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.parallel.groups import ParallelLayout as Layout
 from tests.tiny import VOCAB
-from tests.training.tiny_run import TinyRun, build_run, save_pair
+from tests.training.tiny_run import TinyRun, build_run
 
 ONE = Layout()
 WHOLE = OptimizerConfig(distributed=False)
@@ -26,13 +26,6 @@ REPLICAS = [
     pytest.param(Layout(pipeline=2, virtual_pipeline=2, data=2), marks=pytest.mark.full),
 ]
 Gradients = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_pair(folder)
-    return folder
 
 
 def rollouts_of(*lengths: int, prompt: int = 3) -> list[Rollout]:

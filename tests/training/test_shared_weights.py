@@ -14,18 +14,11 @@ from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.parallel.groups import ParallelLayout as Layout
 from tests.tiny import VOCAB
 from tests.training.parity import SGD
-from tests.training.tiny_run import build_run, save_pair
+from tests.training.tiny_run import build_run
 
 WHOLE = OptimizerConfig(
     distributed=False
 )  # the distributed optimizer leaves a rank the sum of its own part only
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_pair(folder)
-    return folder
 
 
 def _embedding(layout: Layout, models: Path) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:

@@ -9,17 +9,10 @@ import torch
 from megatron_opd.checkpoint.store import CheckpointStore, published
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.parallel.groups import ParallelLayout
-from tests.training.tiny_run import assert_close, build_run, save_pair
+from tests.training.tiny_run import assert_close, build_run
 
 SGD = OptimizerConfig(name="sgd", lr=0.1, warmup_steps=2, weight_decay=0.1)
 DP2 = ParallelLayout(data=2)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_pair(folder)
-    return folder
 
 
 def _steps(models: Path, optimizer: OptimizerConfig) -> tuple[list[Any], list[float]]:

@@ -17,6 +17,8 @@ whole on one expert-parallel rank.
 Dimensions: `vocab`, `hidden`, `query` and `key` (heads times head size), `head`, `ffn`, `experts`, `expert_ffn`.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -49,6 +51,14 @@ class Weight:
     def in_expert(self) -> bool:
         """Whether every expert of a layer has one (the names hold `{expert}`)."""
         return "{expert}" in self.megatron
+
+    def shapes(self, dimensions: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Hugging Face tensors that the parameter is made of: name -> shape."""
+        return {name: tuple(dimensions[dim] for dim in dims.split()) for name, dims in self.hf}
+
+    def numel(self, dimensions: Mapping[str, int]) -> int:
+        """Numbers of the parameter."""
+        return sum(math.prod(shape) for shape in self.shapes(dimensions).values())
 
     def of_layer(self, layer: int) -> "Weight":
         """This row with the layer's number filled in."""
