@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 
 from megatron_opd.config.checks import check_layout
-from megatron_opd.config.schema import Config, ParallelConfig, Section
+from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.section import Section
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.objectives.gates import Gate

@@ -14,7 +14,8 @@ import yaml
 from megatron_opd import preflight
 from megatron_opd.config.load import load_config
 from megatron_opd.config.presets import PRESETS
-from megatron_opd.config.schema import Config, Section
+from megatron_opd.config.schema import Config
+from megatron_opd.config.section import Section
 from megatron_opd.errors import UserError
 from megatron_opd.objectives import Objective
 from megatron_opd.preflight import build_objective, check_before_start, check_devices, check_offload

@@ -7,7 +7,8 @@ Pure functions of plain values. Each raises UserError with one line that names t
 import math
 from typing import Protocol
 
-from megatron_opd.config.schema import Config, ParallelConfig, RolloutConfig, SGLangConfig
+from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
+from megatron_opd.config.schema import Config, ParallelConfig
 from megatron_opd.errors import UserError
 
 OWNED_ARGUMENTS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_opd.config.schema import MaskConfig
+from megatron_opd.config.objective import MaskConfig
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 

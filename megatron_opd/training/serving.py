@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from megatron_opd.config.schema import SGLangConfig
+from megatron_opd.config.rollout import SGLangConfig
 from megatron_opd.rollout.servers import Servers, ServerSettings
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.training.job import Job

@@ -6,7 +6,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from megatron_opd.config.schema import MaskConfig
+from megatron_opd.config.objective import MaskConfig
 from megatron_opd.data.loss_mask import LossMask, build_loss_mask
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
