@@ -15,7 +15,7 @@ import typer
 from megatron_opd.cli_convert import convert
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
 from megatron_opd.errors import UserError
-from megatron_opd.launch.worker import end_with_launcher, report_user_error
+from megatron_opd.launch.worker import end_forks_with_this_process, end_with_launcher, report_user_error
 
 app = typer.Typer(
     help="On-policy distillation of language models on Megatron-Core.",
@@ -50,6 +50,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         )
     from megatron_opd.train import train as run
 
+    end_forks_with_this_process()
     run(loaded)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from megatron_opd.errors import UserError
@@ -45,8 +46,32 @@ def end_with_launcher() -> None:
     connections.
     """
     launcher = os.environ.get(LAUNCHER)
-    if launcher is None or sys.platform != "linux":
-        return
+    if launcher is not None and sys.platform == "linux":
+        _end_with(int(launcher))
+
+
+def end_forks_with_this_process() -> None:
+    """Has the kernel kill what this process forks when it dies, however it dies. Linux only.
+
+    megatron-core forks the writers of a checkpoint: left behind, they would go on writing, and hold the lock of the
+    run directory, while the run is started again.
+    """
+    parent = 0
+
+    def remember() -> None:
+        nonlocal parent
+        # The kernel acts when the forking thread ends, so that only the main thread's forks are bound.
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+
+    def bind() -> None:
+        if parent:
+            _end_with(parent)
+
+    if sys.platform == "linux":
+        os.register_at_fork(before=remember, after_in_child=bind)
+
+
+def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(launcher):  # it died before the call above
+    if os.getppid() != parent:  # it died before the call above
         os.kill(os.getpid(), signal.SIGKILL)

@@ -99,6 +99,13 @@ def test_a_bug_keeps_its_traceback_and_no_other(tmp_path: Path, capfd: pytest.Ca
     assert err.count("Traceback") == 1 and "RuntimeError: a bug" in err and "ChildFailedError" not in err
 
 
+def test_what_a_killed_rank_has_forked_ends_with_it(tmp_path: Path) -> None:
+    """As the writers of a checkpoint, which inherit the lock of the run directory."""
+    run_workers([str(WORKER), "killed-with-a-fork", str(tmp_path)], 2)
+    assert (tmp_path / "fork").exists()
+    wait_for(lambda: not alive(tmp_path), "the fork should end")
+
+
 def test_environment_signals_and_logging_are_restored(tmp_path: Path) -> None:
     agent = logging.getLogger("torch.distributed.elastic")
 

@@ -3,6 +3,7 @@
 It leaves its process id in FOLDER and then ends, fails, dies or waits as BEHAVIOUR says.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 from megatron_opd.errors import UserError
-from megatron_opd.launch.worker import end_with_launcher, report_user_error
+from megatron_opd.launch.worker import end_forks_with_this_process, end_with_launcher, report_user_error
 
 
 def behave(behaviour: str, rank: int) -> None:
@@ -26,6 +27,11 @@ def behave(behaviour: str, rank: int) -> None:
             sys.exit(2)
         case "killed", 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        case "killed-with-a-fork", 1:
+            multiprocessing.get_context("fork").Process(target=leave_pid_and_wait, args=("fork",)).start()
+            while not Path(sys.argv[2], "fork").exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "exception", 1:
             raise RuntimeError("a bug")
         case "fine", _:
@@ -37,8 +43,14 @@ def behave(behaviour: str, rank: int) -> None:
     time.sleep(600)
 
 
+def leave_pid_and_wait(name: str) -> None:
+    Path(sys.argv[2], name).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
 if __name__ == "__main__":
     end_with_launcher()
+    end_forks_with_this_process()
     rank = int(os.environ["RANK"])
     Path(sys.argv[2], str(rank)).write_text(str(os.getpid()))
     try:
