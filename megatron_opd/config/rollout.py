@@ -1,0 +1,68 @@
+"""The keys of the rollouts and of the servers that draw them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
+
+
+class SGLangConfig(Section):
+    """The SGLang servers of rollout.engine = sglang: started by the run (`python`), or running already (`urls`)."""
+
+    python: LocalPath | None = Field(
+        None,
+        description="Interpreter of the environment that has SGLang; the run starts its servers with it.",
+    )
+    servers: PositiveInt = Field(1, description="Servers that the run starts, on the machine of rank 0.")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address that started servers listen at. Beyond this machine they ask for a key, made by the run.",
+    )
+    arguments: list[str] = Field(
+        [], description="Further arguments of sglang.launch_server, one word an entry."
+    )
+    urls: list[Annotated[str, Field(pattern="^https?://[^/]+$")]] = Field(
+        [],
+        description="Servers that run already, such as http://node1:30000; their key, if any, is the environment "
+        "variable SGLANG_API_KEY. They must see run_dir and serve the student's architecture.",
+    )
+    concurrency: PositiveInt = Field(
+        64, description="Responses asked of a server at once, by each replica of the student."
+    )
+    request_timeout: float = Field(
+        1800.0, gt=0, description="Seconds that one response may take; then another server is asked."
+    )
+    outage_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds that servers may take to start, and that the run waits when none works before it stops.",
+    )
+
+
+class RolloutConfig(Section):
+    """What the student generates in a step."""
+
+    engine: Literal["local", "sglang"] = Field(
+        "local",
+        description="local: the training processes themselves. sglang: SGLang servers, as the section `sglang` says.",
+    )
+    sglang: SGLangConfig = SGLangConfig()
+    prompts_per_step: PositiveInt = Field(
+        64, description="Prompts in a step, over all data-parallel replicas."
+    )
+    samples_per_prompt: PositiveInt = Field(1, description="Responses drawn for every prompt.")
+    max_new_tokens: PositiveInt = Field(
+        2048, description="Tokens of a response at most, its stop token included."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divides the logits of rollout, student and teacher alike."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept. 1 is off.")
+    top_k: Count = Field(0, description="Number of likeliest tokens kept. 0 is off.")
+    max_batch: PositiveInt | None = Field(
+        None,
+        description="Responses decoded together in a replica; bounds the key-value cache. null: all of a step. Read "
+        "by the engine local.",
+    )
