@@ -101,6 +101,7 @@ def build_objective(config: Config) -> Objective:
             shaping=shaping,
             token_weight=token_weight,
             temperature=config.rollout.temperature,
+            kept_ids_only=section.kept_ids_only,
         )
     except ValueError as error:
         raise UserError(f"objective.{error}") from None

@@ -14,6 +14,7 @@ from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
+from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
 from megatron_opd.training.serving import serving
@@ -47,6 +48,9 @@ def train(config: Config) -> None:
             if job.texts.heldout and due(step, config.evaluation.every, steps):
                 metrics |= evaluate(job, step)
             log.record(step, metrics, rollouts)
+            warning = alarm(metrics, config.rollout)
+            if warning is not None:
+                log.say(f"step {step}: {warning}")
             if due(step, config.checkpoint.save_every, steps):
                 save(job, step)
         export = config.run_dir / "hf" if config.checkpoint.export_hf else None

@@ -21,6 +21,7 @@ OWNED_ARGUMENTS = {
     "--model",
     "--model-path",
     "--port",
+    "--sampling-mask-max-tokens",
     "--weight-version",
 }
 """Arguments of sglang.launch_server that follow from the rest of the configuration."""
@@ -96,6 +97,8 @@ def check_fields(config: Config) -> None:
     _check_microbatch(config)
     _check_engine(config.rollout)
     _check_objective(config)
+    if config.objective.kept_ids_only:
+        _check_kept_ids(config.rollout)
 
 
 def check_layout(
@@ -218,6 +221,20 @@ def _check_objective(config: Config) -> None:
         raise UserError(
             f"objective.mask.occurrences: {mask.occurrences} is read with objective.mask.tokens only: give some, "
             "or leave it at first"
+        )
+
+
+def _check_kept_ids(rollout: RolloutConfig) -> None:
+    """A restriction to the ids that sampling keeps needs some to be cut, and some to be left."""
+    if rollout.top_p == 1 and rollout.top_k == 0:
+        raise UserError(
+            "objective.kept_ids_only: sampling keeps every id: set rollout.top_p below 1 or rollout.top_k above 1, or "
+            "leave it false"
+        )
+    if rollout.top_k == 1:
+        raise UserError(
+            "objective.kept_ids_only: rollout.top_k = 1 keeps one id, to which both models then give all probability: "
+            "raise it"
         )
 
 

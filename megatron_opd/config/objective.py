@@ -149,6 +149,11 @@ class ObjectiveConfig(Section):
         description="What a top-K divergence does about the probability outside: renormalize without it, one "
         "bucket for it, nothing, a correction -p + q per id, an unbiased estimate from the sampled token.",
     )
+    kept_ids_only: bool = Field(
+        False,
+        description="Restrict student and teacher, token by token, to the ids that rollout.top_p and rollout.top_k left to "
+        "draw from, and renormalise: the student is then the policy that drew. Every metric is of these ids.",
+    )
     gate: GateConfig = GateConfig()
     policy: PolicyConfig = PolicyConfig()
     shaping: ShapingConfig = ShapingConfig()

@@ -59,10 +59,30 @@ class RolloutConfig(Section):
     temperature: float = Field(
         1.0, gt=0, description="Divides the logits of rollout, student and teacher alike."
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept. 1 is off.")
-    top_k: Count = Field(0, description="Number of likeliest tokens kept. 0 is off.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: the likeliest tokens that hold this much probability are kept. 1 is off.",
+    )
+    top_k: Count = Field(
+        0, description="Number of likeliest tokens kept; with `top_p`, what both keep. 0 is off."
+    )
     max_batch: PositiveInt | None = Field(
         None,
         description="Responses decoded together in a replica; bounds the key-value cache. null: all of a step. Read "
         "by the engine local.",
+    )
+    mismatch_threshold: float = Field(
+        0.5,
+        gt=0,
+        description="Nats by which a token's log-prob in the rollout may differ from the student's in training before "
+        "it counts in the metric logprob_mismatch_high.",
+    )
+    mismatch_alarm: float | None = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="Share of tokens beyond `mismatch_threshold` above which a step prints a warning. The rounding of "
+        "bf16 leaves a small part of it; wrong weights or temperature exceed it. null: no warning.",
     )

@@ -17,6 +17,7 @@ from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.objectives.context_parallel import zigzag_positions
+from megatron_opd.objectives.kept_ids import KeptIds
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,18 @@ class Microbatch:
     mask_T: Tensor  # bool: position predicts a response token that enters the loss
     padding_T: Tensor  # bool: fills up its segment; it is computed, but counts nowhere
     rollout_logprobs_T: Tensor  # float32: the engine's log-prob of targets_T (nats); 0 where mask_T is False
+    drawn_logprobs_T: Tensor  # the same after top-p and top-k, renormalised over the ids that were left
+    kept_T: KeptIds  # those ids, none where mask_T is False; of no position where they were not recorded
     cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, of the whole; all divide by the alignment
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch on another device."""
         return Microbatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def kept_N(self) -> KeptIds:
+        """The ids that sampling kept at each loss position; they must have been recorded."""
+        assert len(self.kept_T) == len(self.mask_T), "the rollouts were drawn without recording what was kept"
+        return self.kept_T.at(self.mask_T.nonzero()[:, 0])
 
     def shard(self, rank: int, ranks: int) -> "Microbatch":
         """The zigzag share of context-parallel rank `rank` of `ranks`, of a whole microbatch: [T / ranks] tokens.
@@ -48,10 +56,14 @@ class Microbatch:
             return self
         mine = zigzag_positions(self.cu_seqlens, rank, ranks)
         tokens = {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name != "cu_seqlens"
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in ("cu_seqlens", "kept_T")
         }
         return Microbatch(
-            **{name: tensor[mine] for name, tensor in tokens.items()}, cu_seqlens=self.cu_seqlens
+            **{name: tensor[mine] for name, tensor in tokens.items()},
+            kept_T=self.kept_T.at(mine) if len(self.kept_T) else self.kept_T,
+            cu_seqlens=self.cu_seqlens,
         )
 
 
@@ -113,6 +125,7 @@ def _padded_length(rollout: Rollout, alignment: int) -> int:
         "a rollout needs a prompt: without one nothing predicts the first response token"
     )
     assert len(rollout.logprobs) == len(rollout.response_ids), "one log-prob per response token"
+    assert len(rollout.drawn_logprobs) == len(rollout.response_ids), "one drawn log-prob per response token"
     length = len(rollout.prompt_ids) + len(rollout.response_ids) - 1
     return -(-length // alignment) * alignment
 
@@ -175,6 +188,7 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
     mask: list[bool] = []
     padding: list[bool] = []
     logprobs: list[float] = []
+    drawn: list[float] = []
     lengths = [_padded_length(rollout, alignment) for rollout, _ in members]
     for (rollout, kept), length in zip(members, lengths, strict=True):
         inputs = rollout.prompt_ids + rollout.response_ids[:-1]
@@ -185,9 +199,11 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
         mask += [False] * first + kept + [False] * tail
         padding += [False] * len(inputs) + [True] * tail
         logprobs += [0.0] * first + rollout.logprobs + [0.0] * tail
+        drawn += [0.0] * first + rollout.drawn_logprobs + [0.0] * tail
     if not members:
         lengths, tokens, targets = [alignment], [0] * alignment, [0] * alignment
         mask, padding, logprobs = [False] * alignment, [True] * alignment, [0.0] * alignment
+        drawn = logprobs
     mask_T = torch.tensor(mask, dtype=torch.bool)
     return Microbatch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
@@ -196,5 +212,22 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
         mask_T=mask_T,
         padding_T=torch.tensor(padding, dtype=torch.bool),
         rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32).where(mask_T, 0.0),
+        drawn_logprobs_T=torch.tensor(drawn, dtype=torch.float32).where(mask_T, 0.0),
+        kept_T=_kept(members, mask_T),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
     )
+
+
+def _kept(members: list[tuple[Rollout, list[bool]]], mask_T: Tensor) -> KeptIds:
+    """The recorded ids where the mask is True; of no position where a rollout has none."""
+    if not all(len(rollout.kept_ids) for rollout, _ in members):
+        return KeptIds.of()
+    parts = []
+    for rollout, mask in members:
+        drawn = torch.tensor(rollout.response_ids)
+        assert rollout.kept_ids.hold(drawn).all(), "a token is drawn from the ids that were kept"
+        parts.append(rollout.kept_ids.at(torch.tensor(mask).nonzero()[:, 0]))
+    kept = KeptIds.joined(parts)
+    counts_T = torch.zeros(len(mask_T), dtype=torch.int64)
+    counts_T[mask_T] = kept.counts_N
+    return KeptIds.counted(kept.ids_E, counts_T)

@@ -1,14 +1,22 @@
 """A rollout: one response that the student drew for a prompt, and its JSONL form."""
 
+import base64
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from megatron_opd.errors import UserError
+from megatron_opd.objectives.kept_ids import KeptIds
 
 TEXT_FIELDS = {"prompt", "response"}  # written for people only
+CUT_FIELDS = {"drawn_logprobs", "kept_ids"}  # written where a cut made them say something
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,8 @@ class Rollout:
     """One sampled response with what the sampler knew when it drew it.
 
     `response_ids` includes the stop token when one was drawn. `logprobs` (nats, one per response token) are
-    under the sampling policy: after temperature, before top-p and top-k truncation.
+    under the sampling policy: after temperature, before top-p and top-k truncation. `drawn_logprobs` are after it,
+    renormalised over the ids that were left; not given, nothing was cut and they are `logprobs`.
     """
 
     prompt_id: str
@@ -26,6 +35,12 @@ class Rollout:
     logprobs: list[float]
     finish_reason: str  # "stop" (a stop token was drawn) or "length" (max_new_tokens reached)
     weight_version: int  # optimizer steps taken by the weights that drew it
+    drawn_logprobs: list[float] = field(default_factory=list)
+    kept_ids: KeptIds = field(default_factory=KeptIds.of)  # of every token, or of none: not recorded
+
+    def __post_init__(self) -> None:
+        if not self.drawn_logprobs:
+            object.__setattr__(self, "drawn_logprobs", self.logprobs)
 
 
 def write_rollouts(
@@ -33,14 +48,15 @@ def write_rollouts(
 ) -> None:
     """Write one JSON object a line, aside and then renamed, so that a reader never meets half a file.
 
-    Lossless: floats are written with the digits that read back as the same number. With `decode` (token ids
-    to text) every object also gets `prompt` and `response` as text, for people; `read_rollouts` ignores them.
+    Lossless: floats are written with the digits that read back as the same number, the kept ids as base64 of their
+    compressed int32. With `decode` (token ids to text) every object also gets `prompt` and `response` as text, for
+    people; `read_rollouts` ignores them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     with aside.open("w", encoding="utf-8") as file:
         for rollout in rollouts:
-            record = asdict(rollout)
+            record = _record(rollout)
             if decode is not None:
                 record |= {"prompt": decode(rollout.prompt_ids), "response": decode(rollout.response_ids)}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -54,7 +70,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such rollout file")
-    expected = {field.name for field in fields(Rollout)}
+    known = {field.name for field in fields(Rollout)}
     rollouts = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -62,9 +78,28 @@ def read_rollouts(path: Path) -> list[Rollout]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-            if not isinstance(record, dict) or set(record) - TEXT_FIELDS != expected:
-                raise UserError(
-                    f"{path}, line {number}: a rollout needs exactly the fields {sorted(expected)}"
-                )
-            rollouts.append(Rollout(**{name: record[name] for name in expected}))
+            found = set(record) - TEXT_FIELDS if isinstance(record, dict) else set()
+            if not known - CUT_FIELDS <= found <= known:
+                raise UserError(f"{path}, line {number}: a rollout needs exactly the fields {sorted(known)}")
+            values = {name: record[name] for name in found}
+            if "kept_ids" in values:
+                values["kept_ids"] = _unpacked(values["kept_ids"])
+            rollouts.append(Rollout(**values))
     return rollouts
+
+
+def _record(rollout: Rollout) -> dict[str, Any]:
+    """The fields as JSON has them, those of a cut only if there was one."""
+    record: dict[str, Any] = {each.name: getattr(rollout, each.name) for each in fields(rollout)}
+    if rollout.drawn_logprobs == rollout.logprobs:
+        del record["drawn_logprobs"]
+    kept = record.pop("kept_ids")
+    if len(kept):
+        ids = zlib.compress(kept.ids_E.numpy().astype("<i4").tobytes())
+        record["kept_ids"] = {"counts": kept.counts_N.tolist(), "ids": base64.b64encode(ids).decode()}
+    return record
+
+
+def _unpacked(written: dict[str, Any]) -> KeptIds:
+    ids = np.frombuffer(zlib.decompress(base64.b64decode(written["ids"])), dtype="<i4").astype(np.int32)
+    return KeptIds.counted(torch.from_numpy(ids), torch.tensor(written["counts"], dtype=torch.int64))

@@ -1,8 +1,8 @@
 """The mathematics of on-policy distillation: exact, sharded, tested against `reference`.
 
 Here live the divergences of student and teacher (`divergence`, `linear_divergence`, `topk`) over one core
-(`vocab_parallel` with `shard_statistics`, `merge`, `candidates`, `shard_gradient`, `logits`), what they return
-(`stats`), the sampled-token estimator (`policy_gradient`, `shaping`), the `gates`, the token weights and their
+(`vocab_parallel` with `shard_statistics`, `merge`, `candidates`, `shard_gradient`, `logits`, `kept_ids`), what they
+return (`stats`), the sampled-token estimator (`policy_gradient`, `shaping`), the `gates`, the token weights and their
 prefix sums (`token_weights`, `scan`, `context_parallel`), the loss they make together (`objective`, with the
 table of what goes together in `combinations`) and the slow dense float64 truth (`reference`). This folder imports
 torch and `megatron_opd.kernels` only: nothing of Megatron, of the configuration or of any other part, so that it
@@ -13,6 +13,7 @@ from megatron_opd.objectives import reference
 from megatron_opd.objectives.context_parallel import gather_sequence, zigzag_positions
 from megatron_opd.objectives.divergence import vocab_parallel_divergence
 from megatron_opd.objectives.gates import Gate, aopd_gate, teacher_entropy_gate
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.linear_divergence import linear_divergence
 from megatron_opd.objectives.logits import LinearLogits
 from megatron_opd.objectives.objective import Objective
@@ -29,6 +30,7 @@ __all__ = [
     "DIVERGENCE_KINDS",
     "TOKEN_WEIGHT_KINDS",
     "Gate",
+    "KeptIds",
     "LinearLogits",
     "Objective",
     "PolicyGradient",

@@ -20,7 +20,8 @@ def top_columns(scores_NV: Tensor, k: int) -> Tensor:
     columns_NK = columns_NK[:, :k].clone()
     if width > k:
         # topk breaks ties as it likes: that matters where the first column left out equals the last one taken.
-        tied_N = values_NK[:, k] == values_NK[:, k - 1]
+        # Of columns that are excluded (-inf) it does not matter: they are no candidates.
+        tied_N = (values_NK[:, k] == values_NK[:, k - 1]) & (values_NK[:, k] != -torch.inf)
         if tied_N.any():
             threshold_N1 = values_NK[tied_N, k - 1 : k]
             columns_NK[tied_N] = _smallest_of_tied(scores_NV[tied_N], threshold_N1, k)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.logits import LinearLogits
 from megatron_opd.objectives.shard import DIVERGENCE_KINDS, Request
 from megatron_opd.objectives.stats import TokenStats
@@ -27,6 +28,7 @@ def vocab_parallel_divergence(
     entropies: bool = False,
     check: bool = False,
     inplace_backward: bool = False,
+    kept: KeptIds | None = None,
 ) -> TokenStats:
     """Full-vocabulary divergence and log-probability of `targets` per token, differentiable in the student.
 
@@ -58,6 +60,8 @@ def vocab_parallel_divergence(
             tensor, when a logits shard holds NaN or +inf, a token has no finite logit, or one model excludes an
             id that the divergence needs. Costs one device synchronisation.
         inplace_backward: write the gradient into the storage of student_logits, which must not be used after.
+        kept: ids per token that both softmaxes are restricted to, divergence, log-probabilities and entropies alike;
+            ids outside count as -inf. The logits are then read in masked copies of a bounded size.
 
     Raises:
         ValueError: unknown kind, shapes that do not agree, or an option out of range.
@@ -71,6 +75,7 @@ def vocab_parallel_divergence(
         entropies=entropies,
         check=check,
         inplace_backward=inplace_backward,
+        kept=kept,
     )
     return full_support_stats(student_logits, teacher_logits, targets, request)
 

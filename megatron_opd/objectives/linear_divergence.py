@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.objectives.divergence import full_support_stats, known_kind
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.logits import LinearLogits
 from megatron_opd.objectives.shard import Request
 from megatron_opd.objectives.stats import TokenStats
@@ -37,6 +38,7 @@ def linear_divergence(
     chunk_size: int = DEFAULT_CHUNK,
     sequence_parallel: bool = False,
     weight_grad: Tensor | None = None,
+    kept: KeptIds | None = None,
 ) -> TokenStats:
     """`vocab_parallel_divergence` of student_hidden @ student_weight.T and the teacher's; same options and values.
 
@@ -61,6 +63,7 @@ def linear_divergence(
         weight_grad: float32 buffer [V/TP, D_s] (Megatron's `main_grad`) that the backward pass adds the weight's
             gradient to, unrounded; autograd then sees a zero gradient for the weight, so that hooks still fire.
             It is added to in every backward pass through this call.
+        kept: as `vocab_parallel_divergence`; the chunks are masked where they are.
 
     Raises:
         ValueError: as `vocab_parallel_divergence`; shapes of hidden states and heads that do not agree.
@@ -75,6 +78,7 @@ def linear_divergence(
         check=check,
         chunk_size=chunk_size,
         sequence_parallel=sequence_parallel,
+        kept=kept,
     )
     student = LinearLogits(student_hidden, student_weight, weight_grad)
     return full_support_stats(student, LinearLogits(teacher_hidden, teacher_weight), targets, request)

@@ -5,7 +5,7 @@ Shape suffixes: N tokens, C tokens of a chunk, V columns of the shard (V/TP), D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 # Of the block of head rows whose gradient is computed at once: on a CPU it should stay in the cache until it is added.
 CPU_WEIGHT_GRADIENT_ELEMENTS = 2**21
 DEVICE_WEIGHT_GRADIENT_ELEMENTS = 2**24
+MASKED_ELEMENTS = 2**25  # of given logits that are copied at once, to mask the copy
 
 
 class LinearLogits(NamedTuple):
@@ -31,7 +32,7 @@ class LinearLogits(NamedTuple):
 class LogitsReader:
     """Hands out logits [C, V] of slices of tokens, in one buffer that the next slice overwrites.
 
-    For given logits a slice is a view of them and nothing is copied.
+    For given logits a slice is a view of them and nothing is copied, unless ids are left out.
     """
 
     def __init__(self, logits_or_hidden: Tensor, weight_VD: Tensor | None) -> None:
@@ -39,21 +40,31 @@ class LogitsReader:
         self.weight_VD = weight_VD
         self._buffer_CV: Tensor | None = None
 
-    def read(self, tokens: slice) -> Tensor:
-        """The logits of these tokens, all columns."""
+    def read(self, tokens: slice, left_out_CV: Tensor | None = None) -> Tensor:
+        """The logits of these tokens, all columns; -inf where `left_out_CV`, which may have fewer columns, says so."""
         if self.weight_VD is None:
-            return self.tensor[tokens]
+            logits_CV = self.tensor[tokens]
+            if left_out_CV is None:
+                return logits_CV
+            return logits_CV[:, : left_out_CV.shape[1]].masked_fill(left_out_CV, -torch.inf)
         hidden_CD = self.tensor[tokens].to(self.weight_VD.dtype)
         if self._buffer_CV is None:
             self._buffer_CV = hidden_CD.new_empty(hidden_CD.shape[0], self.weight_VD.shape[0])
-        return torch.mm(hidden_CD, self.weight_VD.t(), out=self._buffer_CV[: hidden_CD.shape[0]])
+        logits_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=self._buffer_CV[: hidden_CD.shape[0]])
+        if left_out_CV is not None:
+            logits_CV[:, : left_out_CV.shape[1]].masked_fill_(left_out_CV, -torch.inf)
+        return logits_CV
 
 
 class LogitsPair(NamedTuple):
-    """Student and, unless a server stands in for it, teacher."""
+    """Student and, unless a server stands in for it, teacher.
+
+    left_out tells of a slice of tokens which columns neither model may draw from, bool [C, V].
+    """
 
     student: LogitsReader
     teacher: LogitsReader | None
+    left_out: Callable[[slice], Tensor] | None = None
 
     @classmethod
     def of(
@@ -62,23 +73,27 @@ class LogitsPair(NamedTuple):
         student_weight: Tensor | None,
         teacher: Tensor | None,
         teacher_weight: Tensor | None,
+        left_out: Callable[[slice], Tensor] | None = None,
     ) -> LogitsPair:
         """From logits, or from hidden states and a head shard, of each model."""
         reader = None if teacher is None else LogitsReader(teacher, teacher_weight)
-        return cls(LogitsReader(student, student_weight), reader)
+        return cls(LogitsReader(student, student_weight), reader, left_out)
 
     def chunks(self, size: int | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(tokens, student logits, teacher logits) for slices of `size` tokens, the last one shorter.
 
-        One slice of all where nothing has to be computed or size is None; an empty slice where N = 0.
+        One slice of all where nothing has to be computed or size is None; an empty slice where N = 0. Given logits of
+        which ids are left out are copied, so these go by slices of MASKED_ELEMENTS.
         """
-        count = self.student.tensor.shape[0]
-        given = self.student.weight_VD is None and (self.teacher is None or self.teacher.weight_VD is None)
-        for tokens in slices(count, None if given else size):
+        count, width = self.student.tensor.shape
+        if self.student.weight_VD is None and (self.teacher is None or self.teacher.weight_VD is None):
+            size = None if self.left_out is None else max(1, MASKED_ELEMENTS // max(1, width))
+        for tokens in slices(count, size):
+            left_out_CV = None if self.left_out is None else self.left_out(tokens)
             yield (
                 tokens,
-                self.student.read(tokens),
-                None if self.teacher is None else self.teacher.read(tokens),
+                self.student.read(tokens, left_out_CV),
+                None if self.teacher is None else self.teacher.read(tokens, left_out_CV),
             )
 
 

@@ -22,6 +22,7 @@ from megatron_opd.objectives.combinations import check_combination
 from megatron_opd.objectives.context_parallel import gather_sequence, zigzag_positions
 from megatron_opd.objectives.divergence import full_support_stats
 from megatron_opd.objectives.gates import Gate, aopd_gate, teacher_entropy_gate
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.logits import LinearLogits
 from megatron_opd.objectives.policy_gradient import PolicyGradient, discounted_returns, policy_gradient
 from megatron_opd.objectives.shaping import Shaping, shaped_reward
@@ -40,6 +41,8 @@ class Objective:
         to the gate's divergence.
     gate: which tokens have the top-K divergence instead of, or besides, the policy gradient.
     temperature: divides the logits of both models; the rollouts were drawn at it.
+    kept_ids_only: both models are restricted, token by token, to the ids that top-p or top-k left the sampler, and
+        renormalised there, before anything else is computed: so the student is the policy that drew the tokens.
     """
 
     divergence: str = "reverse_kl"
@@ -52,6 +55,7 @@ class Objective:
     shaping: Shaping = field(default_factory=Shaping)
     token_weight: TokenWeight = field(default_factory=TokenWeight)
     temperature: float = 1.0
+    kept_ids_only: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
@@ -94,12 +98,16 @@ class Objective:
         check: bool = False,
         inplace_backward: bool = False,
         chunk_size: int | None = None,
+        kept: KeptIds | None = None,
     ) -> TokenStats:
         """What the loss needs to know of each token, from the logits shards [N, V/TP] (given, or in chunks).
 
         One all-gather forward over `group` (two for jsd); see `vocab_parallel_divergence` and
-        `linear_divergence` for the rest. rollout_logprob_N is read by the remainder sampled_tail only.
+        `linear_divergence` for the rest. rollout_logprob_N is read by the remainder sampled_tail only, `kept`, the
+        ids that sampling kept at each token, with kept_ids_only only; then every statistic is of the kept ids.
         """
+        assert kept is not None or not self.kept_ids_only
+        kept = kept if self.kept_ids_only else None
         if self.support != "full":
             return topk_divergence(
                 student,
@@ -118,6 +126,7 @@ class Objective:
                 check=check,
                 inplace_backward=inplace_backward,
                 chunk_size=chunk_size,
+                kept=kept,
             )
         request = Request(
             kind="reverse_kl" if self.sampled else self.divergence,
@@ -128,6 +137,7 @@ class Objective:
             check=check,
             inplace_backward=inplace_backward,
             chunk_size=chunk_size,
+            kept=kept,
         )
         return full_support_stats(student, teacher, targets_N, request)
 
@@ -152,7 +162,8 @@ class Objective:
                 contain every position where mask_T is True; others count nothing.
             mask_T: [T] bool, the positions that predict a response token which enters the loss.
             cu_seqlens: [S + 1], the responses' offsets in the whole packed microbatch.
-            rollout_logprob_N: [N] log-probabilities that the rollout engine reported; None: taken as exact.
+            rollout_logprob_N: [N] log-probabilities under the policy that drew the tokens, after temperature, top-p
+                and top-k; None: taken as exact.
             old_logprob_N: [N] under the student before the first update on these rollouts; None: this is it.
             reference_logprob_N: [N] under the reference policy, where shaping.reference_weight is not 1.
             progress: how much of the training is done, 0 to 1; read by the curriculum weight.

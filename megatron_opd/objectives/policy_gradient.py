@@ -28,8 +28,12 @@ class PolicyGradient:
     clip_low, clip_high: PPO's clip of the ratio p_s / p_old to [1 - clip_low, 1 + clip_high]; None: no bound
         on that side. 0.2 are the authors' values of IW-OPD and AOPD.
     dual_clip: for A < 0 the ratio counts at most this much, > 1 (dual-clip PPO, arXiv 1912.09729); None: off.
-    importance_cap: the largest weight against the rollout engine's log-probabilities (truncated importance
-        sampling); None: that correction is off.
+    importance_cap: the largest weight against the policy that drew the tokens (truncated importance sampling);
+        None: that correction is off. After a top-p or top-k cut that policy is the engine's renormalised over the
+        kept ids. The weight of an unrestricted student is then its probability of the kept ids, not 1: the sum over
+        the kept ids comes out right, the ids that were cut are never seen. With `Objective.kept_ids_only` it is 1.
+        (Revisiting OPD, arXiv 2603.25562, draws with top-p 0.9 and corrects for nothing: its divergence needs no
+        weight, and its variants with a sampled tail compare with the engine's log-probabilities before the cut.)
     discount: in [0, 1], of later rewards: 0 is the token-level method, 1 the sequence-level one
         (Revisiting OPD, arXiv 2603.25562, Eq. 2-3).
     baseline: "reverse_kl" subtracts the expected reward of a token, V(c_t) = -KL_t(p_s || p_t), from its
@@ -97,7 +101,7 @@ def policy_gradient(
         advantage_N: [N], taken as a constant.
         old_logprob_N: [N] before the first update on this rollout. None: the update is on-policy, the ratio
             is 1 and its gradient that of log p_s; the gradient of a token is -importance * A exactly.
-        rollout_logprob_N: [N] as the rollout engine reported them. None: importance is 1.
+        rollout_logprob_N: [N] under the policy that drew the tokens, after any cut. None: importance is 1.
         mask_N: [N] bool. Where it is False all inputs count as 0 and may hold anything, NaN included: loss
             and gradient are 0, nothing is clipped.
         clip_low, clip_high, dual_clip, importance_cap: see `PolicyGradient`.

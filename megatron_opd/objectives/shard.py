@@ -5,12 +5,15 @@ Shape suffixes: N tokens, D hidden size, V columns of a shard.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.logits import LinearLogits
 
 DIVERGENCE_KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -32,6 +35,7 @@ class Request:
     sequence_parallel: bool = False
     best_of: str | None = None  # "teacher" or "student": also find the k ids that it likes best
     k: int = 0
+    kept: KeptIds | None = None  # both models are restricted to these ids; None: to none
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
@@ -77,6 +81,8 @@ class Shard(NamedTuple):
             width = min(width, others[1])
         if targets_N is not None and tuple(targets_N.shape) != (count,):
             raise ValueError(f"targets must have shape {(count,)}, not {tuple(targets_N.shape)}")
+        if request.kept is not None and len(request.kept) != count:
+            raise ValueError(f"kept has the ids of {len(request.kept)} tokens, not of {count}")
         vocab_size = width * ranks if request.vocab_size is None else request.vocab_size
         if not 0 < vocab_size <= width * ranks:
             raise ValueError(
@@ -84,6 +90,10 @@ class Shard(NamedTuple):
             )
         start = rank * width
         return cls(start, min(max(vocab_size - start, 0), width), ranks, vocab_size, count)
+
+    def left_out(self, kept: KeptIds | None) -> Callable[[slice], Tensor] | None:
+        """What `LogitsPair` asks of a slice of tokens: which columns of this shard are not among the kept ids."""
+        return None if kept is None else partial(kept.left_out, first=self.start, columns=self.columns)
 
     def columns_of(self, ids: Tensor) -> Tensor:
         """Column of each global id in this shard, -1 where it is not a real id of this shard."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.logits import LinearLogits
 from megatron_opd.objectives.shard import Request
 from megatron_opd.objectives.stats import TokenStats
@@ -43,6 +44,7 @@ def topk_divergence(
     inplace_backward: bool = False,
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
+    kept: KeptIds | None = None,
 ) -> TokenStats:
     """Divergence on the support S per token, differentiable in the student; and the masses both models give S.
 
@@ -79,15 +81,21 @@ def topk_divergence(
         targets: [N] sampled ids; needed by the unions and by sampled_tail.
         teacher_logprob: [N] the server's log-probability of the targets; read only with ids from a server, and
             needed there by the unions and by sampled_tail.
-        rollout_logprob: [N] log-probability of the targets under the engine that drew them; sampled_tail only.
+        rollout_logprob: [N] log-probability of the targets under the policy that drew them, after any cut;
+            sampled_tail only.
         importance_cap: upper bound of s; sampled_tail only.
-        others: as `vocab_parallel_divergence` and `linear_divergence`.
+        others: as `vocab_parallel_divergence` and `linear_divergence`. With kept the support is chosen among the
+            kept ids.
 
     Raises:
         ValueError: unknown names, options that do not combine, shapes that do not agree.
     """
     served = isinstance(teacher_logits, tuple) and not isinstance(teacher_logits, LinearLogits)
     _check(kind, support, remainder, k, served, targets, teacher_logprob)
+    if served and kept is not None:
+        raise ValueError(
+            "kept: the ids of a server are no distribution over the kept ids: score with all logits"
+        )
     request = Request(
         temperature=temperature,
         vocab_size=vocab_size,
@@ -99,6 +107,7 @@ def topk_divergence(
         sequence_parallel=sequence_parallel,
         best_of=None if served else support.partition("_")[0],
         k=0 if k is None else k,
+        kept=kept,
     )
     compared, targets = _compare(student_logits, teacher_logits, targets, teacher_logprob, request)
     student_NK, teacher_NK = _log_probabilities(compared, targets, union=support.endswith("_sampled"))

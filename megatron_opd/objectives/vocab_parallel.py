@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.logits import HeadGradient, LinearLogits, LogitsPair
 from megatron_opd.objectives.merge import merge, raise_if_not_finite
 from megatron_opd.objectives.shard import Request, Shard
@@ -77,12 +78,15 @@ def sampled_logprob(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
+    kept: KeptIds | None = None,
 ) -> Tensor:
     """Log-probability [N] of `targets` under one model, differentiable; options as `vocab_parallel_divergence`.
 
     One all-gather forward of 3 numbers per token and rank; backward none, for LinearLogits one all-reduce [N, D].
     """
-    request = Request(temperature=temperature, vocab_size=vocab_size, group=group, chunk_size=chunk_size)
+    request = Request(
+        temperature=temperature, vocab_size=vocab_size, group=group, chunk_size=chunk_size, kept=kept
+    )
     student_logprob_N = compare(logits, None, targets, None, request).student_logprob
     assert student_logprob_N is not None
     return student_logprob_N
@@ -118,7 +122,8 @@ class _Compare(torch.autograd.Function):
         shard, request, _ = work
         if request.sequence_parallel:
             student = _gather_tokens(student, work)
-        models = LogitsPair.of(student, student_weight, teacher, teacher_weight)
+        left_out = shard.left_out(request.kept)
+        models = LogitsPair.of(student, student_weight, teacher, teacher_weight, left_out)
         rows = whole_statistics(models, targets_N, ids_NK, shard, request)
         merged = merge(rows)
         divergence_N, center_N = divergence_of(models, merged, shard, request)
@@ -165,7 +170,8 @@ class _Compare(torch.autograd.Function):
         if kind == "logprob":
             teacher = None  # not read, and where it is a product not computed
         # detach() keeps the version counter: autograd notices if anyone else still needed the logits.
-        models = LogitsPair.of(student.detach(), student_weight, teacher, teacher_weight)
+        left_out = shard.left_out(request.kept)
+        models = LogitsPair.of(student.detach(), student_weight, teacher, teacher_weight, left_out)
         head = out = None
         if student_weight is None:
             out = student.detach() if request.inplace_backward else torch.empty_like(student)

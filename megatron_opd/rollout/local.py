@@ -10,6 +10,7 @@ Shapes: B sequences in the batch, N tokens of a pass, H hidden size, V padded vo
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import GPT
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.rollout.decoder import StageDecoder
 from megatron_opd.rollout.kv_cache import KVCache
-from megatron_opd.rollout.sampling import NOT_DRAWN, Sampling, sample_tokens, uniforms
+from megatron_opd.rollout.sampling import NOT_DRAWN, Draws, Sampling, sample_tokens, uniforms
 
 PROMPT_TOKENS = 8192  # prompt tokens in one pass: bounds the activations, not the cache
 
@@ -38,15 +40,30 @@ class _Sequence:
     noise: np.ndarray  # [max_new_tokens]
     response_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    drawn_logprobs: list[float] = field(default_factory=list)
+    kept_ids: list[Tensor] = field(default_factory=list)  # of every token, where they are recorded
     finish_reason: str = ""  # empty while it runs
 
-    def append(self, token: int, logprob: float, sampling: Sampling) -> None:
+    def append(self, draw: "_Draw", sampling: Sampling) -> None:
+        token = draw.token
         self.response_ids.append(token)
-        self.logprobs.append(logprob)
+        self.logprobs.append(draw.logprob)
+        self.drawn_logprobs.append(draw.drawn_logprob)
+        if draw.kept_ids is not None:
+            self.kept_ids.append(draw.kept_ids)
         if token in sampling.stop_ids:
             self.finish_reason = "stop"
         elif len(self.response_ids) == sampling.max_new_tokens:
             self.finish_reason = "length"
+
+
+class _Draw(NamedTuple):
+    """The next token of a row."""
+
+    token: int
+    logprob: float
+    drawn_logprob: float
+    kept_ids: Tensor | None
 
 
 class LocalEngine:
@@ -124,10 +141,11 @@ class _Generation:
         """Draw until every sequence has ended."""
         residual_BH = self._run_prompts()
         for position in range(self.sampling.max_new_tokens):
-            tokens, logprobs = self._draw(residual_BH, position)
-            for sequence, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
+            draws = self._draw(residual_BH, position)
+            for sequence, draw in zip(self.rows, draws, strict=True):
                 if not sequence.finish_reason:
-                    sequence.append(token, logprob, self.sampling)
+                    sequence.append(draw, self.sampling)
+            tokens = [draw.token for draw in draws]
             running = [row for row, sequence in enumerate(self.rows) if not sequence.finish_reason]
             if not running:
                 return
@@ -203,27 +221,30 @@ class _Generation:
                 self.stages.pass_on(residual_NH)
         return residual_NH
 
-    def _draw(self, residual_BH: Tensor, position: int) -> tuple[list[int], list[float]]:
-        """One token a row and its log-prob, the same on every rank of the replica.
+    def _draw(self, residual_BH: Tensor, position: int) -> list[_Draw]:
+        """One token a row, the same on every rank of the replica.
 
         Only one rank sees all logits, so every rank learns from what it shares that they were not finite.
         """
-        drawn_2B = None
+        drawn: Draws | None = None
         logits_BV = None
         if self.stages.last:
             logits_BV = self.stages.gather_logits(self.decoder.logits_shard(residual_BH))
         if logits_BV is not None:
             noise = np.array([sequence.noise[position] for sequence in self.rows])
             uniform_B = torch.from_numpy(noise).to(logits_BV.device)
-            ids_B, logprobs_B = sample_tokens(logits_BV, uniform_B, self.sampling, self.arch.vocab_size)
-            drawn_2B = torch.stack((ids_B.double(), logprobs_B.double()))
-        tokens, logprobs = self.stages.share_draws(drawn_2B, len(self.rows)).tolist()
+            drawn = sample_tokens(logits_BV, uniform_B, self.sampling, self.arch.vocab_size)
+        tokens, logprobs, drawn_logprobs = self.stages.share_draws(drawn, len(self.rows)).tolist()
         if tokens[0] == NOT_DRAWN:
             raise UserError(
                 "the student's logits are NaN or infinite: its weights have diverged; remove the newest of run_dir's "
                 "checkpoints, lower optimizer.lr and start again"
             )
-        return [int(token) for token in tokens], logprobs
+        kept_ids: Sequence[Tensor | None] = [None] * len(tokens)
+        if self.sampling.cuts and self.sampling.keep_ids:
+            kept_ids = self.stages.share_kept(None if drawn is None else drawn.kept, len(tokens))
+        rows = zip(tokens, logprobs, drawn_logprobs, kept_ids, strict=True)
+        return [_Draw(int(token), *others) for token, *others in rows]
 
 
 class _Stages:
@@ -258,13 +279,32 @@ class _Stages:
         dist.gather(shard, shards, dst=self._drawing_rank, group=self._tp)
         return None if shards is None else torch.cat(shards, 1)
 
-    def share_draws(self, drawn_2B: Tensor | None, count: int) -> Tensor:
-        """Ids and log-probs [2, B] as float64, from the rank that drew them. 1 broadcast in a replica of several."""
-        if drawn_2B is None:
-            drawn_2B = torch.empty(2, count, dtype=torch.float64, device=self._device)
+    def share_draws(self, drawn: Draws | None, count: int) -> Tensor:
+        """Ids, log-probs and drawn log-probs [3, B] as float64, from the rank that has them.
+
+        1 broadcast in a replica of several ranks.
+        """
+        if drawn is None:
+            drawn_3B = torch.empty(3, count, dtype=torch.float64, device=self._device)
+        else:
+            drawn_3B = torch.stack([values_B.double() for values_B in drawn[:3]])
         if self._mp.size() > 1:
-            dist.broadcast(drawn_2B, self._drawing_rank, group=self._mp)
-        return drawn_2B
+            dist.broadcast(drawn_3B, self._drawing_rank, group=self._mp)
+        return drawn_3B
+
+    def share_kept(self, kept: KeptIds | None, count: int) -> Sequence[Tensor]:
+        """The kept ids of each row on the CPU, int32, from the rank that has them. 2 broadcasts, or none, as above."""
+        counts_B = torch.empty(count, dtype=torch.int64) if kept is None else kept.counts_N
+        counts_B = counts_B.to(self._device)
+        if self._mp.size() > 1:
+            dist.broadcast(counts_B, self._drawing_rank, group=self._mp)
+        counts = counts_B.tolist()
+        ids_E = (
+            torch.empty(sum(counts), dtype=torch.int32, device=self._device) if kept is None else kept.ids_E
+        )
+        if self._mp.size() > 1:
+            dist.broadcast(ids_E, self._drawing_rank, group=self._mp)
+        return ids_E.cpu().split(counts)
 
 
 def _split_by_tokens(
@@ -290,6 +330,8 @@ def _to_rollout(sequence: _Sequence, weight_version: int) -> Rollout:
         prompt_ids=list(sequence.prompt.token_ids),
         response_ids=sequence.response_ids,
         logprobs=sequence.logprobs,
+        drawn_logprobs=sequence.drawn_logprobs,
+        kept_ids=KeptIds.of(sequence.kept_ids),
         finish_reason=sequence.finish_reason,
         weight_version=weight_version,
     )

@@ -1,4 +1,4 @@
-"""How a token is drawn: the sampling settings, the noise, and logits -> (token, log-prob).
+"""How a token is drawn: the sampling settings, the noise, and logits -> (token, log-probs, what was kept).
 
 The noise is counter-based: one uniform number for every (seed, prompt id, sample, position). A response is therefore
 the same whatever the parallel layout, whichever prompts share its batch, and after a resume, up to rounding of the
@@ -9,11 +9,14 @@ Shapes: B sequences, V vocabulary (with padding), C candidate tokens, K blocks o
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_opd.objectives.kept_ids import KeptIds
 
 NOT_DRAWN = -1  # the id of every row when some row's logits are not finite
 BLOCK = 128  # tokens a block of the two-level inverse CDF
@@ -24,9 +27,9 @@ FIRST_CANDIDATES = 1024  # top-p looks at that many of the likeliest tokens befo
 class Sampling:
     """Settings of one `generate` call.
 
-    A token is drawn from softmax(logits / temperature), cut first to the `top_k` likeliest tokens (0: no cut), then to
-    the smallest set of likeliest tokens that holds at least `top_p` of what is left (1: no cut). `temperature` 0 takes
-    the likeliest token.
+    A token is drawn from softmax(logits / temperature), cut to the `top_k` likeliest tokens (0: no cut) and to the
+    smallest set of likeliest tokens that holds at least `top_p` of all probability (1: no cut): what both keep, as
+    SGLang does it. `temperature` 0 takes the likeliest token.
     """
 
     max_new_tokens: int
@@ -36,6 +39,21 @@ class Sampling:
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
     n: int = 1  # samples a prompt
+    keep_ids: bool = False  # record which ids the cut left, where there is one
+
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens are drawn from less than the whole softmax."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+class Draws(NamedTuple):
+    """One token a row, and what it was drawn from."""
+
+    ids_B: Tensor  # int64
+    logprobs_B: Tensor  # float32, under softmax(logits / temperature) before any cut
+    drawn_logprobs_B: Tensor  # float32, under the distribution that was left; without a cut logprobs_B
+    kept: KeptIds | None = None  # the ids that were left; None where `Sampling.keep_ids` or a cut is missing
 
 
 def uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
@@ -49,15 +67,12 @@ def uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
     return (raw >> np.uint64(11)) * 2.0**-53
 
 
-def sample_tokens(
-    logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverse CDF: (ids int64 [B], log-probs float32 [B]).
+def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, vocab_size: int) -> Draws:
+    """Draw one token a row by inverse CDF.
 
-    `uniform_B` float64 in [0, 1). The log-prob is the token's under softmax(logits / temperature) before any cut, as
-    `Rollout.logprobs`; at temperature 0 under softmax(logits). Ids of `vocab_size` and more are never drawn and have
-    no share in the softmax. Without a cut nothing is sorted. When a row has NaN or infinite logits nothing is drawn:
-    every id is `NOT_DRAWN` and every log-prob NaN.
+    `uniform_B` float64 in [0, 1). At temperature 0 log-probs are those under softmax(logits). Ids of `vocab_size` and
+    more are never drawn and have no share in the softmax. Without a cut nothing is sorted. When a row has NaN or
+    infinite logits nothing is drawn: every id is `NOT_DRAWN` and every log-prob NaN.
     """
     logits_BV = logits_BV[:, :vocab_size].float()
     if sampling.temperature not in (0.0, 1.0):
@@ -67,15 +82,18 @@ def sample_tokens(
     block_sums_BK = weights_BV.view(len(weights_BV), -1, BLOCK).sum(-1, dtype=torch.float64)
     cumulative_BK = block_sums_BK.cumsum(-1)
     if not bool(cumulative_BK[:, -1].isfinite().all()):
-        return torch.full_like(argmax_B, NOT_DRAWN), torch.full_like(top_B, torch.nan)
-    if sampling.temperature == 0:
+        nan_B = torch.full_like(top_B, torch.nan)
+        return Draws(torch.full_like(argmax_B, NOT_DRAWN), nan_B, nan_B)
+    total_B = cumulative_BK[:, -1]
+    drawn_total_B, kept = total_B, None
+    if sampling.cuts:
+        ids_B, drawn_total_B, kept = _draw_truncated(weights_BV, uniform_B, total_B, sampling, vocab_size)
+    elif sampling.temperature == 0:
         ids_B = argmax_B
-    elif sampling.top_k or sampling.top_p < 1:
-        ids_B = _draw_truncated(weights_BV, uniform_B, cumulative_BK[:, -1], sampling, vocab_size)
     else:
         ids_B = _draw_blocked(weights_BV, cumulative_BK, uniform_B)
-    chosen_B = logits_BV.gather(1, ids_B[:, None])[:, 0]
-    return ids_B, ((chosen_B - top_B).double() - cumulative_BK[:, -1].log()).float()
+    chosen_B = (logits_BV.gather(1, ids_B[:, None])[:, 0] - top_B).double()
+    return Draws(ids_B, (chosen_B - total_B.log()).float(), (chosen_B - drawn_total_B.log()).float(), kept)
 
 
 def _blocked_exp(logits_BV: Tensor, top_B: Tensor) -> Tensor:
@@ -107,18 +125,19 @@ def _draw_blocked(weights_BV: Tensor, cumulative_BK: Tensor, uniform_B: Tensor) 
 
 def _draw_truncated(
     weights_BV: Tensor, uniform_B: Tensor, total_B: Tensor, sampling: Sampling, vocab_size: int
-) -> Tensor:
-    """Draw among the tokens that top-k and top-p keep; the likeliest is always kept."""
+) -> tuple[Tensor, Tensor, KeptIds | None]:
+    """(ids, weight of what is kept, its ids) of a draw among what top-k and top-p keep; the likeliest always is."""
     weights_BC, ids_BC = _likeliest(weights_BV, total_B, sampling, vocab_size)
     weights_BC = weights_BC.double()
+    keep_BC = weights_BC > 0
     if sampling.top_p < 1:
-        kept_mass_B = weights_BC.sum(-1) if sampling.top_k else total_B
         before_BC = weights_BC.cumsum(-1) - weights_BC
-        keep_BC = before_BC < sampling.top_p * kept_mass_B[:, None]
+        keep_BC &= before_BC < sampling.top_p * total_B[:, None]
         keep_BC[:, 0] = True
-        weights_BC = weights_BC * keep_BC
-    cumulative_BC = weights_BC.cumsum(-1)
-    return ids_BC.gather(1, _invert(cumulative_BC, uniform_B * cumulative_BC[:, -1])[:, None])[:, 0]
+    cumulative_BC = (weights_BC * keep_BC).cumsum(-1)
+    ids_B = ids_BC.gather(1, _invert(cumulative_BC, uniform_B * cumulative_BC[:, -1])[:, None])[:, 0]
+    kept = KeptIds.counted(ids_BC[keep_BC], keep_BC.sum(-1)) if sampling.keep_ids else None
+    return ids_B, cumulative_BC[:, -1], kept
 
 
 def _likeliest(

@@ -11,13 +11,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.rollout.replicas import BadReply, Replicas
 from megatron_opd.rollout.sampling import Sampling
+
+SLACK = 1e-3  # nats: rounding of a server's log-probs
 
 
 class SGLangEngine:
@@ -101,10 +105,12 @@ def request_body(prompt: Prompt, sample: int, sampling: Sampling, vocab_size: in
     return {
         "input_ids": list(ids),
         "return_logprob": True,
+        "return_sampling_mask": sampling.cuts,
         "sampling_params": {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
+            # The mask of what was kept is given for a finite top_k only.
+            "top_k": sampling.top_k or (vocab_size if sampling.cuts else -1),
             "max_new_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.stop_ids),
             "ignore_eos": not sampling.stop_ids,  # of the stop ids too
@@ -129,6 +135,10 @@ def reply_parser(
         if meta.get("prompt_tokens") != len(prompt.token_ids):
             raise BadReply(f"{meta.get('prompt_tokens')} prompt tokens instead of {len(prompt.token_ids)}")
         logprobs = _logprobs(meta.get("output_token_logprobs"), ids)
+        drawn_logprobs, kept_ids = logprobs, KeptIds.of()
+        if sampling.cuts:
+            kept_ids = _kept_ids(meta.get("output_token_sampling_mask"), ids, vocab_size)
+            drawn_logprobs = _drawn_logprobs(meta.get("output_token_sampling_logprobs"), ids, logprobs)
         return Rollout(
             prompt_id=prompt.id,
             sample=sample,
@@ -137,6 +147,8 @@ def reply_parser(
             logprobs=logprobs,
             finish_reason=reason,
             weight_version=weight_version,
+            drawn_logprobs=drawn_logprobs,
+            kept_ids=kept_ids if sampling.keep_ids else KeptIds.of(),
         )
 
     return parse
@@ -178,7 +190,38 @@ def _logprobs(entries: Any, ids: list[int]) -> list[float]:
     logprobs = []
     for entry, token in zip(entries, ids, strict=True):
         value = entry[0] if isinstance(entry, list) and len(entry) > 1 and entry[1] == token else None
-        if not isinstance(value, float | int) or not math.isfinite(value) or value > 1e-3:
+        if not isinstance(value, float | int) or not math.isfinite(value) or value > SLACK:
             raise BadReply(f"the log-prob of token {token} is {entry}")
         logprobs.append(float(value))
     return logprobs
+
+
+def _kept_ids(masks: Any, ids: list[int], vocab_size: int) -> KeptIds:
+    """What top-p and top-k left for every token: the token among it."""
+    if masks is None:
+        raise BadReply("the reply has no output_token_sampling_mask, which SGLang has from 0.5.17 on")
+    if not isinstance(masks, list) or len(masks) != len(ids):
+        count = len(masks) if isinstance(masks, list) else "no"
+        raise BadReply(f"kept ids of {count} tokens for {len(ids)} tokens")
+    try:
+        kept = KeptIds.of(masks)
+    except (TypeError, ValueError, RuntimeError):
+        raise BadReply("the kept ids are not lists of ids") from None
+    if ((kept.ids_E < 0) | (kept.ids_E >= vocab_size)).any():
+        raise BadReply(f"the kept ids hold something that is not an id below {vocab_size}")
+    missing = (~kept.hold(torch.tensor(ids))).nonzero()[:, 0].tolist()
+    if missing:
+        raise BadReply(f"token {ids[missing[0]]} is not among the ids that were kept")
+    return kept
+
+
+def _drawn_logprobs(values: Any, ids: list[int], logprobs: list[float]) -> list[float]:
+    """After the cut: never less than before it."""
+    if not isinstance(values, list) or len(values) != len(ids):
+        count = len(values) if isinstance(values, list) else "no"
+        raise BadReply(f"{count} log-probs after the cut for {len(ids)} tokens")
+    for value, token, logprob in zip(values, ids, logprobs, strict=True):
+        number = isinstance(value, float | int) and math.isfinite(value)
+        if not number or not logprob - SLACK <= value <= SLACK:
+            raise BadReply(f"the log-prob of token {token} is {logprob:.4g}, after the cut {value}")
+    return [float(value) for value in values]

@@ -100,6 +100,7 @@ class Job:
             stop_ids=self.texts.stop_ids,
             n=samples,
             seed=seed,
+            keep_ids=self.config.objective.kept_ids_only,
         )
         return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp_cp)
 
@@ -122,6 +123,7 @@ class Job:
                     payloads=self.teacher.score(update.microbatches),
                     old_logprobs=self._old_logprobs(update) if number > 0 else None,
                     reference_logprobs=self._reference_logprobs(update),
+                    moved=number > 0,
                 )
             updates.append(update)
         return updates
@@ -181,6 +183,7 @@ class Job:
             temperature=self.config.rollout.temperature,
             vocab_size=self.texts.vocab_size,
             chunk_size=self.config.objective.head_chunk,
+            kept_ids_only=self.config.objective.kept_ids_only,
         )
 
 
@@ -220,7 +223,14 @@ def set_up(config: Config) -> Job:
     )
     settings = config.objective
     objective = ObjectivePass(
-        chunks[-1], teacher, checked.objective, texts.vocab_size, groups, settings.check, settings.head_chunk
+        chunks[-1],
+        teacher,
+        checked.objective,
+        texts.vocab_size,
+        groups,
+        settings.check,
+        settings.head_chunk,
+        config.rollout.mismatch_threshold,
     )
     # The engine draws no id that either model lacks.
     drawn = replace(checked.student, vocab_size=texts.vocab_size)

@@ -25,9 +25,11 @@ def sampled_logprobs(
     temperature: float,
     vocab_size: int,
     chunk_size: int | None,
+    kept_ids_only: bool = False,
 ) -> list[Tensor | None]:
     """[N] for each microbatch on the last pipeline stage, nats, detached; None on the others.
 
+    With `kept_ids_only` of the model restricted to the ids that sampling kept.
     `chunks` are this rank's, bare or in DDP wrappers; `gpt` is the last of them, bare.
     Collectives: those of a forward pass, 1 all-gather a microbatch.
     """
@@ -45,6 +47,7 @@ def sampled_logprobs(
                 vocab_size=vocab_size,
                 group=groups.tp,
                 chunk_size=chunk_size,
+                kept=microbatch.kept_N() if kept_ids_only else None,
             )
             scores.append(score_N)
     return scores

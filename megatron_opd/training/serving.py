@@ -77,5 +77,13 @@ def server_settings(job: Job, config: SGLangConfig) -> ServerSettings:
         stop_ids=job.texts.stop_ids,
         start_timeout=config.outage_timeout,
         host=config.host,
-        arguments=tuple(config.arguments),
+        arguments=(*config.arguments, *mask_arguments(job)),
     )
+
+
+def mask_arguments(job: Job) -> tuple[str, ...]:
+    """What lets a server say which ids a cut kept, however many; ids as likely as the last of top-k may be more."""
+    rollout, vocab_size = job.config.rollout, job.texts.vocab_size
+    if rollout.top_p == 1 and rollout.top_k == 0:
+        return ()
+    return ("--sampling-mask-max-tokens", str(min(2 * rollout.top_k or vocab_size, vocab_size)))

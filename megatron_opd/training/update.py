@@ -25,6 +25,7 @@ from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits, Objective, TokenStats
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.teacher.megatron import MegatronTeacher, TeacherPayload
+from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, step_agreement
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class Update:
     microbatches: Sequence[Microbatch]
     scale: UpdateScale
     payloads: Sequence[TeacherPayload | None]
-    old_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: the student has not moved
+    old_logprobs: Sequence[Tensor | None] | None = (
+        None  # [N] each; None: it has not moved, or they are not read
+    )
     reference_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: there is no reference
+    moved: bool = False  # the student moves after it was scored and before this update
 
     def rows(self) -> list[tuple[Microbatch, Any, Tensor | None, Tensor | None]]:
         """(microbatch, payload, old log-probs, reference log-probs), one a microbatch."""
@@ -82,6 +86,7 @@ class ObjectivePass:
     groups: ProcessGroupCollection
     check: bool = False  # judge the logits, and end with the name of the tensor when they are not finite
     head_chunk: int | None = None  # tokens whose logits exist at once; None: those of a microbatch
+    mismatch_threshold: float = 0.5  # nats, see `agreement`
 
     def run(
         self,
@@ -91,11 +96,11 @@ class ObjectivePass:
         progress: float = 0.0,
         forward_only: bool = False,
     ) -> dict[str, float]:
-        """Sums over the whole update of the objective's statistics, the same on every rank.
+        """Sums over the whole update of the objective's statistics and of `agreement`, with its maxima, on every rank.
 
         Unless `forward_only`, the gradients of the update's mean loss are accumulated, reduced and normalised in
         `chunks` (the DDP wrappers). `progress` is how much of the training is done, 0 to 1. Collectives besides those
-        of megatron's schedule: those of the objective a microbatch, 2 all-reduces of the sums.
+        of megatron's schedule: those of the objective a microbatch, 2 all-reduces of the sums and 2 of the maxima.
         """
         scale = update.scale
 
@@ -110,7 +115,9 @@ class ObjectivePass:
             )
 
             def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                loss_sum, sums = self._loss(output_T1H, microbatch, *scored, progress=progress)
+                loss_sum, sums = self._loss(
+                    output_T1H, microbatch, *scored, progress=progress, moved=update.moved
+                )
                 tokens = (~microbatch.padding_T).sum(dtype=torch.int)
                 return loss_sum * (scale.tokens / scale.loss_tokens), tokens, sums
 
@@ -128,25 +135,28 @@ class ObjectivePass:
         reference_logprob_N: Tensor | None,
         *,
         progress: float,
+        moved: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss sum of one microbatch and its statistics, on the last stage; logits exist at response tokens only."""
         positions_N = microbatch.mask_T.nonzero()[:, 0]
-        rollout_logprob_N = microbatch.rollout_logprobs_T[positions_N]
-        stats = self._token_stats(hidden_T1H, microbatch, payload, positions_N, rollout_logprob_N)
+        drawn_logprob_N = microbatch.drawn_logprobs_T[positions_N]
+        stats = self._token_stats(hidden_T1H, microbatch, payload, positions_N, drawn_logprob_N)
         loss_sum, sums = self.objective.loss(
             stats,
             positions_N,
             microbatch.mask_T,
             microbatch.cu_seqlens,
-            rollout_logprob_N=rollout_logprob_N,
+            rollout_logprob_N=drawn_logprob_N,
             old_logprob_N=old_logprob_N,
             reference_logprob_N=reference_logprob_N,
             progress=progress,
             group=self.groups.cp,
         )
-        assert stats.student_logprob is not None
-        mismatch_N = stats.student_logprob.detach() - rollout_logprob_N
-        return loss_sum, {**sums, "logprob_mismatch": mismatch_N.abs().sum()}
+        scored_N = stats.student_logprob if old_logprob_N is None and not moved else old_logprob_N
+        rollout_logprob_N = microbatch.rollout_logprobs_T[positions_N]
+        if self.objective.kept_ids_only:
+            rollout_logprob_N = drawn_logprob_N
+        return loss_sum, {**sums, **agreement(scored_N, rollout_logprob_N, self.mismatch_threshold)}
 
     def _token_stats(
         self,
@@ -154,7 +164,7 @@ class ObjectivePass:
         microbatch: Microbatch,
         payload: TeacherPayload,
         positions_N: Tensor,
-        rollout_logprob_N: Tensor,
+        drawn_logprob_N: Tensor,
     ) -> TokenStats:
         """The objective's statistics of each token.
 
@@ -166,12 +176,13 @@ class ObjectivePass:
                 student_logits(self.gpt, hidden_T1H, positions_N, self.groups, chunked=chunked),
                 self.teacher.logits(payload, chunked=chunked),
                 microbatch.targets_T[positions_N],
-                rollout_logprob_N=rollout_logprob_N,
+                rollout_logprob_N=drawn_logprob_N,
                 vocab_size=self.vocab_size,
                 group=self.groups.tp,
                 check=self.check,
                 inplace_backward=True,  # nothing else reads the student's logits
                 chunk_size=self.head_chunk,
+                kept=microbatch.kept_N() if self.objective.kept_ids_only else None,
             )
         except FloatingPointError as error:
             raise UserError(
@@ -179,19 +190,25 @@ class ObjectivePass:
             ) from None
 
     def _reduce(self, logs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sum the microbatches' statistics over pipeline stages (only the last has any) and data x context ranks."""
-        names = (*self.objective.sum_names, "logprob_mismatch")
+        """Sum the microbatches' statistics over pipeline stages (only the last has any) and data x context ranks.
+
+        Of `MAXIMA` it is the largest.
+        """
+        names = (*self.objective.sum_names, *SUMS)
         total = torch.zeros(len(names), dtype=torch.float64, device=next(self.gpt.parameters()).device)
+        largest = total.new_zeros(len(MAXIMA))
         for sums in logs:
             total += torch.stack([sums[name].double() for name in names])
+            largest = largest.maximum(torch.stack([sums[name] for name in MAXIMA]))
         for group in (self.groups.pp, self.groups.dp_cp):
             dist.all_reduce(total, group=group)
-        return dict(zip(names, total.tolist(), strict=True))
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        return dict(zip((*names, *MAXIMA), (*total.tolist(), *largest.tolist()), strict=True))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update came to: sums over its tokens (empty without tokens), gradient norm, whether it was applied."""
+    """What an update came to: what `run` returns (empty without tokens), gradient norm, whether it was applied."""
 
     sums: dict[str, float]
     grad_norm: float
@@ -199,10 +216,14 @@ class Outcome:
 
 
 def means_over_tokens(outcomes: Sequence[Outcome], tokens: int) -> dict[str, float]:
-    """Per-token means over several updates with `tokens` loss tokens together; empty where there are none."""
+    """Per-token means over several updates with `tokens` loss tokens together; empty where there are none.
+
+    Those of `agreement` are over the tokens that could be compared.
+    """
     with_tokens = [outcome.sums for outcome in outcomes if outcome.sums]
-    names = with_tokens[0] if with_tokens else ()
-    return {name: sum(sums[name] for sums in with_tokens) / tokens for name in names}
+    names = [name for name in (with_tokens or [{}])[0] if name not in (*SUMS, *MAXIMA)]
+    means = {name: sum(sums[name] for sums in with_tokens) / tokens for name in names}
+    return means | step_agreement(with_tokens)
 
 
 def student_logits(

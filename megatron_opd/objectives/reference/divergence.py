@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.stats import TokenStats
 
 
@@ -20,17 +21,19 @@ def vocab_parallel_divergence(
     targets: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    kept: KeptIds | None = None,
 ) -> TokenStats:
     """TokenStats with all fields (log-probabilities only with targets) from the whole logits [N, V]."""
-    student_NV = _log_softmax(student_logits, temperature, vocab_size)
-    teacher_NV = _log_softmax(teacher_logits.detach(), temperature, vocab_size)
+    student_NV = _log_softmax(student_logits, temperature, vocab_size, kept)
+    teacher_NV = _log_softmax(teacher_logits.detach(), temperature, vocab_size, kept)
     student_NV, teacher_NV = student_NV[:, :vocab_size], teacher_NV[:, :vocab_size]
     if kind == "reverse_kl":
         divergence_N = _kl(student_NV, teacher_NV)
     elif kind == "forward_kl":
         divergence_N = _kl(teacher_NV, student_NV)
     elif kind == "jsd":
-        mixture_NV = (beta * teacher_NV.exp() + (1 - beta) * student_NV.exp()).log()
+        mixture_NV = beta * teacher_NV.exp() + (1 - beta) * student_NV.exp()
+        mixture_NV = mixture_NV.where(mixture_NV > 0.0, 1.0).log()  # of what neither draws it is not read
         divergence_N = beta * _kl(teacher_NV, mixture_NV) + (1 - beta) * _kl(student_NV, mixture_NV)
     else:
         raise ValueError(f"unknown divergence kind {kind!r}")
@@ -63,10 +66,11 @@ def topk_divergence(
     importance_cap: float | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    kept: KeptIds | None = None,
 ) -> TokenStats:
     """The divergence on the k best ids of one model, as a masked sum over the whole vocabulary."""
-    student_NV = _log_softmax(student_logits, temperature, vocab_size)[:, :vocab_size]
-    teacher_NV = _log_softmax(teacher_logits.detach(), temperature, vocab_size)[:, :vocab_size]
+    student_NV = _log_softmax(student_logits, temperature, vocab_size, kept)[:, :vocab_size]
+    teacher_NV = _log_softmax(teacher_logits.detach(), temperature, vocab_size, kept)[:, :vocab_size]
     scores_NV = (teacher_NV if support.startswith("teacher") else student_NV).detach()
     best_NK = scores_NV.sort(dim=1, descending=True, stable=True).indices[:, :k]
     inside_NV = torch.zeros_like(scores_NV, dtype=torch.bool).scatter(1, best_NK, True)
@@ -121,11 +125,18 @@ def _stats(
     )
 
 
-def _log_softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
+def _log_softmax(
+    logits_NV: Tensor, temperature: float, vocab_size: int | None, kept: KeptIds | None
+) -> Tensor:
     scaled_NV = logits_NV.double() / temperature
     if vocab_size is not None:
         padding_V = torch.arange(scaled_NV.shape[1]) >= vocab_size
         scaled_NV = scaled_NV.masked_fill(padding_V, -torch.inf)
+    if kept is not None:
+        kept_NV = torch.zeros_like(scaled_NV, dtype=torch.bool)
+        for row, ids in enumerate(kept.lists()):
+            kept_NV[row, ids] = True
+        scaled_NV = scaled_NV.masked_fill(~kept_NV, -torch.inf)
     return torch.log_softmax(scaled_NV, dim=-1)
 
 

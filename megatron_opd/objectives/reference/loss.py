@@ -21,6 +21,7 @@ from megatron_opd.objectives.reference.policy_gradient import (
 from megatron_opd.objectives.reference.token_weights import token_weights
 
 if TYPE_CHECKING:
+    from megatron_opd.objectives.kept_ids import KeptIds
     from megatron_opd.objectives.objective import Objective
     from megatron_opd.objectives.stats import TokenStats
 
@@ -38,9 +39,11 @@ def loss(
     reference_logprob: Tensor | None = None,
     progress: float = 0.0,
     vocab_size: int | None = None,
+    kept: KeptIds | None = None,
 ) -> Tensor:
     """The scalar sum_t mask_t * w_t * estimator_t: logits [T, V], the others [T] of the whole buffer."""
-    stats = _stats(objective, student_logits, teacher_logits, targets, rollout_logprob, vocab_size)
+    kept = kept if objective.kept_ids_only else None
+    stats = _stats(objective, student_logits, teacher_logits, targets, rollout_logprob, vocab_size, kept)
     assert stats.student_logprob is not None and stats.teacher_logprob is not None
     old_T = stats.student_logprob.detach() if old_logprob is None else old_logprob.double()
     gap_T = stats.teacher_logprob - old_T
@@ -63,6 +66,7 @@ def _stats(
     targets_T: Tensor,
     rollout_T: Tensor | None,
     vocab_size: int | None,
+    kept: KeptIds | None,
 ) -> TokenStats:
     sampled_loss = objective.divergence == "policy_gradient"
     if objective.support == "full":
@@ -74,6 +78,7 @@ def _stats(
             targets=targets_T,
             temperature=objective.temperature,
             vocab_size=vocab_size,
+            kept=kept,
         )
     cap = objective.policy.importance_cap
     return topk_divergence(
@@ -88,6 +93,7 @@ def _stats(
         importance_cap=cap,
         temperature=objective.temperature,
         vocab_size=vocab_size,
+        kept=kept,
     )
 
 
