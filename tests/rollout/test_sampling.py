@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_opd.rollout.sampling import FIRST_CANDIDATES, NOT_DRAWN, Sampling, sample_tokens, uniforms
@@ -63,7 +63,7 @@ def test_draw_is_the_inverse_cdf(vocab, seed, temperature, padding):
     logits[:, vocab:] = 1e4  # what padding rows give is arbitrary
     noise = torch.rand(6, dtype=torch.float64, generator=generator)
     noise[0], noise[1] = 0.0, 1 - 2.0**-53
-    ids, logprobs = sample_tokens(logits, noise, settings_of(temperature=temperature), vocab)
+    ids, logprobs, *_ = sample_tokens(logits, noise, settings_of(temperature=temperature), vocab)
     wanted = (logits[:, :vocab].double() / temperature).log_softmax(-1)
     cumulative = wanted.exp().cumsum(-1)
     upper = cumulative.gather(1, ids[:, None])[:, 0]
@@ -86,7 +86,7 @@ def test_frequencies_are_the_softmax_of_what_is_kept(changes, kept):
     vocab, draws = 40, 40_000
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 1.5
     noise = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    ids, logprobs = sample_tokens(logits.expand(draws, -1), noise, settings_of(**changes), vocab)
+    ids, logprobs, *_ = sample_tokens(logits.expand(draws, -1), noise, settings_of(**changes), vocab)
     probs = (logits.double() / changes.get("temperature", 1.0)).softmax(-1)
     torch.testing.assert_close(logprobs.double(), probs.log()[ids], atol=1e-5, rtol=1e-5)
     probs = truncate(probs, int(changes.get("top_k", 0)), changes.get("top_p", 1.0))
@@ -99,12 +99,10 @@ def test_frequencies_are_the_softmax_of_what_is_kept(changes, kept):
 
 
 def truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """The kept and renormalised distribution, token by token."""
+    """The kept and renormalised distribution, token by token; top_p is of the whole, as SGLang has it."""
     kept: list[int] = []
-    order = probs.argsort(descending=True).tolist()[: top_k or None]
-    total = float(probs[order].sum())
-    for token in order:
-        if kept and float(probs[kept].sum()) >= top_p * total:
+    for token in probs.argsort(descending=True).tolist()[: top_k or None]:
+        if kept and float(probs[kept].sum()) >= top_p:
             break
         kept.append(token)
     result = torch.zeros_like(probs)
@@ -116,11 +114,11 @@ def test_top_p_looks_past_its_first_candidates():
     vocab = 8 * FIRST_CANDIDATES + 100
     noise = torch.linspace(0, 1 - 1e-9, 9000, dtype=torch.float64)
     logits = torch.zeros(1, vocab)
-    ids, _ = sample_tokens(logits.expand(9000, -1)[:64], noise[-64:], settings_of(top_p=0.95), vocab)
+    ids, *_ = sample_tokens(logits.expand(9000, -1)[:64], noise[-64:], settings_of(top_p=0.95), vocab)
     assert len(set(ids.tolist())) > 32
     logits[0, 5] = 20.0  # one row is decided by its first candidate, the other needs them all
     rows = torch.cat((logits, torch.zeros(1, vocab)))
-    ids, _ = sample_tokens(
+    ids, *_ = sample_tokens(
         rows, torch.tensor([0.99, 0.5], dtype=torch.float64), settings_of(top_p=0.95), vocab
     )
     assert ids[0] == 5
@@ -130,7 +128,7 @@ def test_top_p_looks_past_its_first_candidates():
 def test_the_likeliest_token_is_always_kept(changes):
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(3))
     noise = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    ids, logprobs = sample_tokens(logits, noise, settings_of(**changes), 290)
+    ids, logprobs, *_ = sample_tokens(logits, noise, settings_of(**changes), 290)
     assert torch.equal(ids, logits[:, :290].argmax(-1))
     torch.testing.assert_close(logprobs, logits[:, :290].log_softmax(-1).max(-1).values)
 
@@ -139,7 +137,7 @@ def test_tokens_without_weight_are_never_drawn():
     logits = torch.full((3, 400), -torch.inf)
     logits[:, 200] = 0.0
     noise = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    ids, logprobs = sample_tokens(logits, noise, settings_of(), 400)
+    ids, logprobs, *_ = sample_tokens(logits, noise, settings_of(), 400)
     assert ids.tolist() == [200] * 3 and logprobs.tolist() == [0.0] * 3
 
 
@@ -148,5 +146,59 @@ def test_tokens_without_weight_are_never_drawn():
 def test_nothing_is_drawn_from_logits_that_are_not_finite(bad, changes):
     logits = torch.zeros(2, 10)
     logits[1, 3] = bad
-    ids, logprobs = sample_tokens(logits, torch.zeros(2, dtype=torch.float64), settings_of(**changes), 10)
+    ids, logprobs, *_ = sample_tokens(logits, torch.zeros(2, dtype=torch.float64), settings_of(**changes), 10)
     assert ids.tolist() == [NOT_DRAWN] * 2 and logprobs.isnan().all()
+
+
+CUTS = st.tuples(st.sampled_from([0, 1, 2, 7, 40]), st.sampled_from([1e-9, 0.3, 0.9, 1.0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), cut=CUTS, temperature=st.sampled_from([0.5, 1.0, 3.0]))
+def test_drawn_logprobs_are_a_distribution_over_the_kept_ids(seed, cut, temperature):
+    """The softmax renormalised over the kept ids, whichever of them is drawn."""
+    top_k, top_p = cut
+    assume(top_k or top_p < 1)
+    vocab, draws = 40, 400
+    logits = torch.randn(vocab + 9, generator=torch.Generator().manual_seed(seed)) * 2
+    noise = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    changes = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "keep_ids": True}
+    ids, logprobs, drawn, kept = sample_tokens(
+        logits.expand(draws, -1), noise, settings_of(**changes), vocab
+    )
+    assert kept is not None and len({tuple(row) for row in kept.lists()}) == 1
+    probs = (logits[:vocab].double() / temperature).softmax(-1)
+    expected = truncate(probs, top_k, top_p)
+    assert set(kept.lists()[0]) == set(expected.nonzero()[:, 0].tolist())
+    assert kept.hold(ids).all()
+    torch.testing.assert_close(drawn.double(), expected.log()[ids], atol=1e-5, rtol=1e-5)
+    mass = probs[kept.lists()[0]].sum()
+    torch.testing.assert_close((logprobs - drawn).double().exp(), mass.expand(draws), atol=1e-5, rtol=1e-5)
+    found = dict(zip(ids.tolist(), drawn.exp().tolist(), strict=True))
+    if len(found) == len(kept.lists()[0]):
+        assert sum(found.values()) == pytest.approx(1.0, abs=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), temperature=st.sampled_from([0.0, 0.7, 1.0]))
+def test_top_p_of_one_cuts_nothing(seed, temperature):
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(seed)) * 3
+    noise = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    plain = sample_tokens(logits, noise, settings_of(temperature=temperature), 290)
+    same = sample_tokens(logits, noise, settings_of(temperature=temperature, top_p=1.0, keep_ids=True), 290)
+    for draws in (plain, same):
+        assert draws.kept is None and torch.equal(draws.drawn_logprobs_B, draws.logprobs_B)
+    assert torch.equal(plain.ids_B, same.ids_B) and torch.equal(plain.logprobs_B, same.logprobs_B)
+    everything = sample_tokens(logits, noise, settings_of(temperature=0.7, top_k=290, keep_ids=True), 290)
+    torch.testing.assert_close(everything.drawn_logprobs_B, everything.logprobs_B)
+    assert everything.kept is not None and everything.kept.counts_N.tolist() == [290] * 5
+
+
+def test_an_id_without_weight_is_not_kept():
+    logits = torch.full((2, 20), -torch.inf)
+    logits[:, [3, 7]] = torch.tensor([1.0, 0.0])
+    _, logprobs, drawn, kept = sample_tokens(
+        logits, torch.tensor([0.1, 0.99], dtype=torch.float64), settings_of(top_k=5, keep_ids=True), 20
+    )
+    assert kept is not None and kept.lists() == [[3, 7]] * 2
+    torch.testing.assert_close(drawn, logprobs)
