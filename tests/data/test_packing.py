@@ -13,15 +13,17 @@ from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.packing import Microbatch, count_loss_tokens, count_tokens, pack
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
-from megatron_opd.objectives import zigzag_positions
+from megatron_opd.objectives import KeptIds, zigzag_positions
 
 BUDGET = 48
 
 
 def rollout(prompt: list[int], response: list[int], name: int = 0) -> Rollout:
-    # Log-probs that tell which token of which rollout they belong to.
+    # Log-probs and kept ids that tell which token of which rollout they belong to.
     logprobs = [-(name + (i + 1) / 128) for i in range(len(response))]
-    return Rollout(str(name), 0, prompt, response, logprobs, "length", 0)
+    drawn = [logprob + 1 / 256 for logprob in logprobs]
+    kept = KeptIds.of([[1000 + i] * (i % 3) + [token] for i, token in enumerate(response)])
+    return Rollout(str(name), 0, prompt, response, logprobs, "length", 0, drawn, kept)
 
 
 @st.composite
@@ -42,17 +44,19 @@ def segments(microbatch: Microbatch) -> list[slice]:
 
 
 def loss_positions(packed: list[list[Microbatch]]) -> Counter:
-    """(input token, target, log-prob) of every loss position."""
+    """(input token, target, log-prob, drawn log-prob, kept ids) of every loss position."""
     found: Counter = Counter()
     for rank in packed:
         for m in rank:
             mask = m.mask_T
-            triples = (
+            columns = (
                 m.tokens_T[mask].tolist(),
                 m.targets_T[mask].tolist(),
                 m.rollout_logprobs_T[mask].tolist(),
+                m.drawn_logprobs_T[mask].tolist(),
+                map(tuple, m.kept_N().lists()),
             )
-            found.update(zip(*triples, strict=True))
+            found.update(zip(*columns, strict=True))
     return found
 
 
@@ -61,15 +65,19 @@ def expected_positions(rollouts: list[Rollout]) -> Counter:
     for r in rollouts:
         sequence = r.prompt_ids + r.response_ids
         logprobs = torch.tensor(r.logprobs, dtype=torch.float32).tolist()
-        for i, (target, logprob) in enumerate(zip(r.response_ids, logprobs, strict=True)):
-            found[(sequence[len(r.prompt_ids) + i - 1], target, logprob)] += 1
+        drawn = torch.tensor(r.drawn_logprobs, dtype=torch.float32).tolist()
+        columns = zip(r.response_ids, logprobs, drawn, map(tuple, r.kept_ids.lists()), strict=True)
+        for i, column in enumerate(columns):
+            found[(sequence[len(r.prompt_ids) + i - 1], *column)] += 1
     return found
 
 
 def all_equal(a: list[list[Microbatch]], b: list[list[Microbatch]]) -> bool:
     flat_a = [tensor for rank in a for m in rank for tensor in vars(m).values()]
     flat_b = [tensor for rank in b for m in rank for tensor in vars(m).values()]
-    return len(flat_a) == len(flat_b) and all(map(torch.equal, flat_a, flat_b))
+    return len(flat_a) == len(flat_b) and all(
+        x == y if isinstance(x, KeptIds) else torch.equal(x, y) for x, y in zip(flat_a, flat_b, strict=True)
+    )
 
 
 layouts = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4, 8]))
@@ -99,6 +107,7 @@ def test_shapes_budgets_and_alignment(rollouts, layout):
             assert length > 0 and length % alignment == 0
             assert torch.equal(m.position_ids_T[segment], torch.arange(length))
         assert not m.targets_T[~m.mask_T].any() and not m.rollout_logprobs_T[~m.mask_T].any()
+        assert not m.drawn_logprobs_T[~m.mask_T].any() and not m.kept_T.counts_N[~m.mask_T].any()
 
 
 @given(rollout_lists(), layouts)
@@ -130,7 +139,7 @@ def test_same_input_same_output(rollouts, layout):
 @given(rollout_lists(), layouts, st.frozensets(st.integers(1, 30)), st.sampled_from(["first", "all"]))
 def test_a_loss_mask_takes_loss_positions_away_and_nothing_else(rollouts, layout, ids, occurrences):
     dp_size, alignment = layout
-    rollouts = [replace(r, response_ids=[1 + token % 30 for token in r.response_ids]) for r in rollouts]
+    rollouts = [rollout(r.prompt_ids, [1 + token % 30 for token in r.response_ids]) for r in rollouts]
     mask = LossMask(ids, occurrences)
     options = {"dp_size": dp_size, "token_budget": BUDGET, "alignment": alignment}
     masked = pack(rollouts, **options, loss_mask=mask)
@@ -142,6 +151,7 @@ def test_a_loss_mask_takes_loss_positions_away_and_nothing_else(rollouts, layout
         assert not (m.mask_T & ~whole.mask_T).any()
         for name in ("targets_T", "rollout_logprobs_T"):
             assert torch.equal(getattr(m, name), getattr(whole, name) * m.mask_T)
+        assert m.kept_N() == whole.kept_T.at(m.mask_T.nonzero()[:, 0])
     expected = Counter(
         token for r in kept for token, keep in zip(r.response_ids, mask.of(r), strict=True) if keep
     )
@@ -193,7 +203,10 @@ def test_shares_of_context_parallel_ranks_are_the_microbatch(rollouts, ranks):
                 assert all(torch.equal(part, whole) for part in parts)
             else:
                 assert all(len(part) == len(whole) // ranks for part in parts)
-                assert torch.equal(torch.cat(parts)[order], whole)
+                if name == "kept_T":
+                    assert KeptIds.joined(parts).at(order) == whole
+                else:
+                    assert torch.equal(torch.cat(parts)[order], whole)
         assert m.shard(0, 1) is m
 
 
@@ -264,3 +277,15 @@ def test_a_rollout_longer_than_the_budget_is_an_error_naming_the_key():
 def test_a_budget_below_the_alignment_is_an_error_naming_the_key():
     with pytest.raises(UserError, match=r"training\.microbatch_tokens = 3 .* parallel layout.* 4 or more"):
         pack([], dp_size=1, token_budget=3, alignment=4)
+
+
+def test_kept_ids_are_packed_of_all_rollouts_or_of_none():
+    recorded, plain = rollout([1], [2, 3]), replace(rollout([4], [5], name=1), kept_ids=KeptIds.of())
+    (m,) = pack([recorded, plain], dp_size=1, token_budget=8)[0]
+    assert len(m.kept_T) == 0
+    with pytest.raises(AssertionError, match="without recording"):
+        m.kept_N()
+    empty = pack([recorded], dp_size=2, token_budget=8)[1][0]
+    assert len(empty.kept_N()) == 0
+    with pytest.raises(AssertionError, match="from the ids that were kept"):
+        pack([replace(recorded, kept_ids=KeptIds.of([[2], [4]]))], dp_size=1, token_budget=8)

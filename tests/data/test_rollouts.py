@@ -1,6 +1,7 @@
 """Rollouts as JSONL: what is read is what was written."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_opd.data.rollouts import Rollout, read_rollouts, write_rollouts
 from megatron_opd.errors import UserError
+from megatron_opd.objectives import KeptIds
 
 rollouts = st.builds(
     Rollout,
@@ -18,6 +20,8 @@ rollouts = st.builds(
     logprobs=st.lists(st.floats(max_value=0, allow_nan=False), max_size=5),
     finish_reason=st.sampled_from(["stop", "length"]),
     weight_version=st.integers(0, 1000),
+    drawn_logprobs=st.lists(st.floats(max_value=0, allow_nan=False), max_size=5),
+    kept_ids=st.builds(KeptIds.of, st.lists(st.lists(st.integers(0, 200_000), max_size=6), max_size=5)),
 )
 ONE = Rollout("3@0", 0, [1, 2], [3], [-0.1], "stop", 4)
 
@@ -27,6 +31,16 @@ def test_round_trip_is_lossless(tmp_path_factory, written):
     path = tmp_path_factory.mktemp("rollouts") / "step.jsonl"
     write_rollouts(path, written)
     assert read_rollouts(path) == written
+
+
+def test_what_a_cut_did_is_written_only_if_there_was_one(tmp_path):
+    path = tmp_path / "step.jsonl"
+    cut = replace(ONE, drawn_logprobs=[0.0], kept_ids=KeptIds.of([[3, 70000]]))
+    write_rollouts(path, [ONE, cut])
+    plain, other = map(json.loads, path.read_text().splitlines())
+    assert ONE.drawn_logprobs == ONE.logprobs and len(ONE.kept_ids) == 0
+    assert set(other) - set(plain) == {"drawn_logprobs", "kept_ids"}
+    assert read_rollouts(path) == [ONE, cut] and read_rollouts(path)[1].kept_ids.lists() == [[3, 70000]]
 
 
 def test_text_for_people_is_written_and_ignored_when_read(tmp_path):
