@@ -123,3 +123,41 @@ def training_logprobs(folder: Path, rollouts: list[Rollout], precision: str) -> 
         ids = torch.tensor(rollout.response_ids)
         result.append(chosen.gather(1, ids[:, None])[:, 0].tolist())
     return result
+
+
+def assert_cut_as_training(
+    folder: Path, sampling: Sampling, rollouts: list[Rollout], tolerance: float
+) -> None:
+    """Kept ids and both log-probs of every token are those of the training forward's softmax, cut in float64.
+
+    An id within the tolerance of the edge may be kept or not.
+    """
+    (model,), arch, _ = load(folder, ParallelLayout())
+    for rollout in rollouts:
+        logits = full_logits(model, arch, rollout.prompt_ids + rollout.response_ids[:-1])
+        probs_TV = (logits[len(rollout.prompt_ids) - 1 :].double() / sampling.temperature).softmax(-1)
+        assert len(rollout.kept_ids) == len(rollout.response_ids) == len(rollout.drawn_logprobs)
+        for place, (kept, token) in enumerate(
+            zip(rollout.kept_ids.lists(), rollout.response_ids, strict=True)
+        ):
+            probs, order = probs_TV[place].sort(descending=True)
+            rank, before = torch.arange(len(probs)), probs.cumsum(0) - probs
+            inside = (rank < (sampling.top_k or len(probs))) & (before < sampling.top_p)
+            last = int(inside.sum()) - 1
+            near = (before - sampling.top_p).abs() < tolerance
+            if sampling.top_k:  # or as likely as the first or last of the other side
+                near |= (rank >= last) & (rank <= last + 1) & (probs[last] - probs[last + 1] < tolerance)
+            surely, perhaps = (set(order[each].tolist()) for each in (inside & ~near, inside | near))
+            assert len(set(kept)) == len(kept) and surely <= set(kept) <= perhaps
+            logprob = float(probs_TV[place, token].log())
+            assert rollout.logprobs[place] == pytest.approx(logprob, abs=tolerance)
+            drawn = logprob - float(probs_TV[place, kept].sum().log())
+            assert rollout.drawn_logprobs[place] == pytest.approx(drawn, abs=tolerance)
+
+
+def generate_cut_as_training(folder: Path, sampling: Sampling, layout: ParallelLayout) -> int:
+    """Draws in this layout, and on one rank checks what was drawn; returns the ids kept of all tokens."""
+    rollouts = generate(folder, sampling, layout=layout)
+    if layout.world_size == 1:
+        assert_cut_as_training(folder, sampling, rollouts, 1e-5)
+    return sum(len(rollout.kept_ids.ids_E) for rollout in rollouts)

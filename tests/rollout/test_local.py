@@ -24,11 +24,12 @@ SAMPLING = Sampling(max_new_tokens=12, seed=7)
 
 def assert_same(got: list[Rollout], expected: list[Rollout], tolerance: float = 1e-5) -> None:
     """Equal in everything, log-probs within the tolerance."""
-    assert [replace(rollout, logprobs=[]) for rollout in got] == [
-        replace(rollout, logprobs=[]) for rollout in expected
+    assert [replace(rollout, logprobs=[], drawn_logprobs=[]) for rollout in got] == [
+        replace(rollout, logprobs=[], drawn_logprobs=[]) for rollout in expected
     ]
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=tolerance)
+        assert ours.drawn_logprobs == pytest.approx(theirs.drawn_logprobs, abs=tolerance)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.rollout.sampling import Sampling
 from tests.checkpoint.models import write_hf
 from tests.gloo_pool import GlooPools
-from tests.rollout.models import PROMPTS, error_of_diverged, generate
+from tests.rollout.models import PROMPTS, error_of_diverged, generate, generate_cut_as_training
 from tests.rollout.test_local import assert_same
 
 LAYOUTS = [
@@ -34,7 +34,7 @@ def test_every_layout_draws_the_same(
     folder = write_hf(tmp_path, family, tied=tied)
     expected = gloo(1, generate, folder, SAMPLING)[0]
     stop_ids = tuple(rollout.response_ids[i] for i, rollout in enumerate(expected[:5]))
-    for sampling in (SAMPLING, replace(SAMPLING, stop_ids=stop_ids, top_k=20, top_p=0.9)):
+    for sampling in (SAMPLING, replace(SAMPLING, stop_ids=stop_ids, top_k=20, top_p=0.9, keep_ids=True)):
         expected = gloo(1, generate, folder, sampling)[0]
         results = gloo(layout.world_size, generate, folder, sampling, PROMPTS, layout)
         assert_same(results[0], expected)
@@ -84,3 +84,13 @@ def test_bf16_shards_travel_too(gloo: GlooPools, tmp_path: Path) -> None:
     assert sum(same_first) >= len(same_first) - 1  # rounding moves a draw that falls on an edge
     for logprob, same, rollout in zip(first, same_first, expected, strict=True):
         assert not same or logprob == pytest.approx(rollout.logprobs[0], abs=0.1)
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.7}, {"top_k": 30, "top_p": 0.95}], ids=str)
+def test_every_rank_knows_what_was_kept(gloo: GlooPools, tmp_path: Path, cut: dict[str, float]) -> None:
+    folder = write_hf(tmp_path, "qwen3", tied=False)
+    sampling = replace(SAMPLING, temperature=1.2, keep_ids=True, **cut)  # type: ignore[arg-type]
+    (kept,) = gloo(1, generate_cut_as_training, folder, sampling, ParallelLayout())
+    assert kept > 2 * 10 * len(PROMPTS) * SAMPLING.n
+    for layout in (ParallelLayout(tensor=2), ParallelLayout(pipeline=2), ParallelLayout(data=2)):
+        assert gloo(2, generate_cut_as_training, folder, sampling, layout) == [kept, kept]

@@ -163,9 +163,7 @@ def test_drawn_logprobs_are_a_distribution_over_the_kept_ids(seed, cut, temperat
     logits = torch.randn(vocab + 9, generator=torch.Generator().manual_seed(seed)) * 2
     noise = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     changes = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "keep_ids": True}
-    ids, logprobs, drawn, kept = sample_tokens(
-        logits.expand(draws, -1), noise, settings_of(**changes), vocab
-    )
+    ids, logprobs, drawn, kept = sample_tokens(logits.expand(draws, -1), noise, settings_of(**changes), vocab)
     assert kept is not None and len({tuple(row) for row in kept.lists()}) == 1
     probs = (logits[:vocab].double() / temperature).softmax(-1)
     expected = truncate(probs, top_k, top_p)

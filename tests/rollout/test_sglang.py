@@ -5,9 +5,16 @@ from dataclasses import replace
 import pytest
 
 from megatron_opd.data.prompts import Prompt
+from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.rollout.sampling import Sampling
 from tests.gloo_pool import GlooPools
-from tests.rollout.models import PROMPTS, generate, training_logprobs
+from tests.rollout.models import (
+    PROMPTS,
+    assert_cut_as_training,
+    generate,
+    generate_cut_as_training,
+    training_logprobs,
+)
 from tests.sglang_server import SGLangServer
 
 SAMPLING = Sampling(max_new_tokens=12, seed=7)
@@ -47,6 +54,21 @@ def test_greedy_and_scaled_logprobs_are_the_local_engines(
     ]
     assert len(both) > 5, "likely tokens are drawn by both"
     assert [ours for ours, _ in both] == pytest.approx([theirs for _, theirs in both], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "cut", [{"top_p": 0.8}, {"top_k": 12}, {"top_k": 20, "top_p": 0.6}, {"top_k": 1}], ids=str
+)
+def test_both_engines_keep_what_the_training_softmax_says(
+    gloo: GlooPools, sglang: SGLangServer, cut: dict[str, float]
+) -> None:
+    sampling = replace(SAMPLING, **cut, temperature=1.0 if "top_k" in cut else 1.3, keep_ids=True)  # type: ignore[arg-type]
+    with sglang.engine() as engine:
+        rollouts = engine.generate(PROMPTS, sampling, 0)
+    gloo(1, assert_cut_as_training, sglang.models[0], sampling, rollouts, 1e-4)
+    gloo(1, generate_cut_as_training, sglang.models[0], sampling, ParallelLayout())
+    sizes = {len(row) for rollout in rollouts for row in rollout.kept_ids.lists()}
+    assert (sizes == {cut["top_k"]}) == (set(cut) == {"top_k"}) and max(sizes) < 250
 
 
 def test_a_seed_fixes_a_response_whatever_else_is_asked(sglang: SGLangServer) -> None:

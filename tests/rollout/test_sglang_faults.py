@@ -41,7 +41,7 @@ def server_tree(sglang: SGLangServer) -> list[psutil.Process]:
 
 def drawn(rollouts: list[Rollout]) -> list[Rollout]:
     """Everything but the log-probs, whose last bits depend on what shares a batch."""
-    return [replace(rollout, logprobs=[]) for rollout in rollouts]
+    return [replace(rollout, logprobs=[], drawn_logprobs=[]) for rollout in rollouts]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,8 +26,15 @@ REPLY: dict[str, Any] = {
 }
 
 
-def parse(reply: Any) -> Any:
-    return reply_parser(PROMPT, 1, SAMPLING, 10, 5)(reply)
+CUT = replace(SAMPLING, top_p=0.9, keep_ids=True)
+CUT_META = {
+    "output_token_sampling_mask": [[8, 3], [9], [4, 2, 8]],
+    "output_token_sampling_logprobs": [-1.0, 0, -0.0005],
+}
+
+
+def parse(reply: Any, sampling: Sampling = SAMPLING) -> Any:
+    return reply_parser(PROMPT, 1, sampling, 10, 5)(reply)
 
 
 def test_a_good_reply_is_a_rollout() -> None:
@@ -83,6 +91,51 @@ def test_anything_else_is_refused_with_the_reason(
     change(reply)
     with pytest.raises(BadReply, match=message):
         parse(reply)
+
+
+def test_a_cut_is_asked_for_and_recorded() -> None:
+    reply = copy.deepcopy(REPLY)
+    reply["meta_info"] |= CUT_META
+    rollout = parse(reply, CUT)
+    assert rollout.kept_ids.lists() == [[8, 3], [9], [4, 2, 8]]
+    assert rollout.logprobs == [-1.5, -0.25, 0.0] and rollout.drawn_logprobs == [-1.0, 0.0, -0.0005]
+    unread = parse(reply, replace(CUT, keep_ids=False))
+    assert len(unread.kept_ids) == 0 and unread.drawn_logprobs == rollout.drawn_logprobs
+    uncut = parse(REPLY)
+    assert len(uncut.kept_ids) == 0 and uncut.drawn_logprobs == uncut.logprobs
+    body = request_body(PROMPT, 0, CUT, 10)
+    assert body["return_sampling_mask"] and body["sampling_params"]["top_k"] == 10, (
+        "a mask needs a finite top_k"
+    )
+    assert request_body(PROMPT, 0, replace(CUT, top_k=4), 10)["sampling_params"]["top_k"] == 4
+    body = request_body(PROMPT, 0, SAMPLING, 10)
+    assert not body["return_sampling_mask"] and body["sampling_params"]["top_k"] == -1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_token_sampling_mask": None}, "no output_token_sampling_mask, which SGLang has from 0.5.17"),
+        ({"output_token_sampling_mask": [[8], [9]]}, "kept ids of 2 tokens for 3 tokens"),
+        ({"output_token_sampling_mask": [[8], [9], "2"]}, "not lists of ids"),
+        ({"output_token_sampling_mask": [[8], [9], None]}, "not lists of ids"),
+        ({"output_token_sampling_mask": [[8], [9], [2, 10]]}, "not an id below 10"),
+        ({"output_token_sampling_mask": [[8], [9], [2, -1]]}, "not an id below 10"),
+        ({"output_token_sampling_mask": [[8], [3, 4], [2]]}, "token 9 is not among the ids"),
+        ({"output_token_sampling_mask": [[8], [], [2]]}, "token 9 is not among the ids"),
+        ({"output_token_sampling_logprobs": None}, "no log-probs after the cut for 3 tokens"),
+        ({"output_token_sampling_logprobs": [-1.0, 0.0]}, "2 log-probs after the cut for 3 tokens"),
+        ({"output_token_sampling_logprobs": [-1.0, None, 0.0]}, "after the cut None"),
+        ({"output_token_sampling_logprobs": [-1.0, float("nan"), 0.0]}, "after the cut nan"),
+        ({"output_token_sampling_logprobs": [-1.6, 0.0, 0.0]}, "token 8 is -1.5, after the cut -1.6"),
+        ({"output_token_sampling_logprobs": [-1.0, 0.0, 0.1]}, "after the cut 0.1"),
+    ],
+)
+def test_a_cut_that_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
+    reply = copy.deepcopy(REPLY)
+    reply["meta_info"] |= CUT_META | change
+    with pytest.raises(BadReply, match=message):
+        parse(reply, CUT)
 
 
 @pytest.mark.parametrize("reply", [None, [], "text", {"error": {"message": "no"}}])
