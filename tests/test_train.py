@@ -81,10 +81,13 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_a_run_learns_and_leaves_everything_behind(inputs, tmp_path):
     run_dir = tmp_path / "run"
-    config = write_config(inputs, run_dir, training__steps=20)
+    # A threshold below what rounding does: the alarm of every step.
+    alarm = {"rollout__mismatch_threshold": 1e-12}
+    config = write_config(inputs, run_dir, training__steps=20, **alarm)
     done = run("train", config)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout.count("rollout and training disagree: log-probs of") == 20
 
     rows = metrics(run_dir)
     assert [row["step"] for row in rows] == list(range(21))

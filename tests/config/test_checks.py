@@ -286,3 +286,20 @@ def test_processes_and_replicas() -> None:
     assert data_parallel_size(open_layout, 6) == 1
     assert data_parallel_size(open_layout, 24) == 4
     assert data_parallel_size(ParallelConfig(data=4), 4) == 4
+
+
+@pytest.mark.parametrize("rollout", [{"top_p": 0.9}, {"top_k": 2}, {"top_p": 0.5, "top_k": 50}])
+def test_replay_of_kept_ids_needs_a_cut(rollout: dict[str, Any]) -> None:
+    check_fields(config(rollout=rollout, objective={"kept_ids_only": True}))
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({}, "objective.kept_ids_only: sampling keeps every id: set rollout.top_p"),
+        ({"top_k": 1}, "objective.kept_ids_only: rollout.top_k = 1 keeps one id"),
+    ],
+)
+def test_kept_ids_that_teach_nothing(rollout: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_fields(config(rollout=rollout, objective={"kept_ids_only": True}))

@@ -36,6 +36,10 @@ def test_engines_that_fit(rollout: dict[str, Any]) -> None:
         ({**SERVED, "max_batch": 3}, "rollout.max_batch: the engine local reads it"),
         ({**SERVED, "temperature": 0.5, "top_k": 1}, "rollout.temperature: SGLang takes the likeliest"),
         ({**SERVED, "sglang": {"python": "p", "arguments": ["--port=3"]}}, "--port is set by the run"),
+        (
+            {**SERVED, "sglang": {"python": "p", "arguments": ["--sampling-mask-max-tokens", "9"]}},
+            "--sampling-mask-max-tokens is set by the run",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together(rollout: dict[str, Any], message: str) -> None:
