@@ -190,14 +190,13 @@ def run_loss(name: str, tensor: int, chunk: int | None) -> tuple[Any, ...]:
     columns = slice(tp.rank() * width, (tp.rank() + 1) * width)
     hidden = inputs["hidden"][at].clone().requires_grad_()
     head = heads[0][columns].clone().requires_grad_()
-    models: list[Tensor | LinearLogits] = [
-        LinearLogits(hidden, head),
-        LinearLogits(inputs["other"][at], heads[1][columns]),
-    ]
+    student: Tensor | LinearLogits = LinearLogits(hidden, head)
+    teacher: Tensor | LinearLogits = LinearLogits(inputs["other"][at], heads[1][columns])
     if chunk is None:
-        models = [hidden @ head.T, inputs["other"][at] @ heads[1][columns].T]
+        student, teacher = hidden @ head.T, inputs["other"][at] @ heads[1][columns].T
     stats = objective.token_stats(
-        *models,
+        student,
+        teacher,
         inputs["targets"][at],
         rollout_logprob_N=inputs["rollout"][at],
         vocab_size=VOCAB,
