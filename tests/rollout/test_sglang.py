@@ -68,7 +68,8 @@ def test_both_engines_keep_what_the_training_softmax_says(
     gloo(1, assert_cut_as_training, sglang.models[0], sampling, rollouts, 1e-4)
     gloo(1, generate_cut_as_training, sglang.models[0], sampling, ParallelLayout())
     sizes = {len(row) for rollout in rollouts for row in rollout.kept_ids.lists()}
-    assert (sizes == {cut["top_k"]}) == (set(cut) == {"top_k"}) and max(sizes) < 250
+    assert len(sizes) == 1 if set(cut) == {"top_k"} else len(sizes) > 2
+    assert max(sizes) <= cut.get("top_k", 249)
 
 
 def test_a_seed_fixes_a_response_whatever_else_is_asked(sglang: SGLangServer) -> None:
