@@ -111,7 +111,7 @@ def test_stops_at_stop_tokens_and_drops_finished_sequences(gloo: GlooPools, llam
                 rollout,
                 response_ids=rollout.response_ids[:end],
                 logprobs=rollout.logprobs[:end],
-                    drawn_logprobs=rollout.logprobs[:end],
+                drawn_logprobs=rollout.logprobs[:end],
                 finish_reason="stop" if ends else "length",
             )
         )
