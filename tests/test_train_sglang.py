@@ -35,6 +35,8 @@ def test_a_run_on_served_rollouts_is_killed_and_resumes(inputs, tmp_path):
         run_dir,
         rollout__engine="sglang",
         rollout__sglang=served,
+        rollout__top_p=0.9,
+        objective__kept_ids_only=True,
         checkpoint__save_every=1,
         training__steps=6,
     )

@@ -84,5 +84,5 @@ class RolloutConfig(Section):
         ge=0,
         lt=1,
         description="Share of tokens beyond `mismatch_threshold` above which a step prints a warning. The rounding of "
-        "bf16 leaves a small part of it; wrong weights or temperature exceed it. null: no warning.",
+        "bf16 stays far below, wrong weights or a wrong temperature far above. null: no warning.",
     )

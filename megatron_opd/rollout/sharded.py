@@ -36,8 +36,8 @@ def generate_sharded(
     """The rollouts of `prompts` in prompt order, the same list on every rank; `group` has the replicas.
 
     Every rank gets all of them so that all pack the same microbatches without asking each other. 1 all-gather of
-    token ids and log-probs (a few kilobytes a rollout), none with one replica. What one replica raises as UserError is
-    raised on all.
+    token ids and log-probs (a few kilobytes a rollout, and 4 bytes a kept id where these are recorded), none with one
+    replica. What one replica raises as UserError is raised on all.
     """
     replicas, replica = group.size(), group.rank()
     bounds = [len(prompts) * i // replicas for i in range(replicas + 1)]

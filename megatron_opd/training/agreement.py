@@ -12,6 +12,10 @@ it moves. The metrics, per token d = log p_training - log p_rollout in nats:
 Of the log-probs before top-p and top-k; with objective.kept_ids_only, where the student is computed on the kept ids
 alone, of those after it. Rollouts of older weights differ by what the student has learned since, too.
 
+What is normal: two bf16 passes over 384 tokens of SmolLM2-135M, with a cache and without, gave mean 0.04, largest 0.27
+and 1.6 % above 0.2 nats; float32 gives 1e-6. A temperature of 0.8 taken for 1 puts 21 % above 0.5, the weights of
+another model 91 %. The defaults, 2 % above 0.5, lie between.
+
 Shape suffix: N loss positions of a microbatch.
 """
 

@@ -72,6 +72,10 @@ def test_logits(gloo: GlooPools, setting: dict[str, Any]) -> None:
     for row, ids in enumerate(case.options["kept"].lists()):
         outside[row, ids] = False
     assert (torch.cat([outcome.gradient for outcome in outcomes], 1)[outside] == 0).all()
+    plain = random_case(vocab_size=vocab_size, **setting["divergence"])
+    for ours, theirs in zip(outcomes, gloo(setting["world_size"], run_shard, plain), strict=True):
+        assert ours.saved == theirs.saved, "masked logits are not kept for the backward pass"
+        assert (ours.forward, ours.backward) == (theirs.forward, theirs.backward), "no further collectives"
 
 
 def run_in_slices(case: Any, rows: int) -> Any:
