@@ -203,12 +203,12 @@ def _kept_ids(masks: Any, ids: list[int], vocab_size: int) -> KeptIds:
     if not isinstance(masks, list) or len(masks) != len(ids):
         count = len(masks) if isinstance(masks, list) else "no"
         raise BadReply(f"kept ids of {count} tokens for {len(ids)} tokens")
-    try:
-        kept = KeptIds.of(masks)
-    except (TypeError, ValueError, RuntimeError):
-        raise BadReply("the kept ids are not lists of ids") from None
-    if ((kept.ids_E < 0) | (kept.ids_E >= vocab_size)).any():
-        raise BadReply(f"the kept ids hold something that is not an id below {vocab_size}")
+    for row in masks:
+        if not isinstance(row, list) or any(
+            type(each) is not int or not 0 <= each < vocab_size for each in row
+        ):
+            raise BadReply(f"the kept ids hold something that is not an id below {vocab_size}")
+    kept = KeptIds.of(masks)
     missing = (~kept.hold(torch.tensor(ids))).nonzero()[:, 0].tolist()
     if missing:
         raise BadReply(f"token {ids[missing[0]]} is not among the ids that were kept")

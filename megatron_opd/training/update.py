@@ -55,9 +55,7 @@ class Update:
     microbatches: Sequence[Microbatch]
     scale: UpdateScale
     payloads: Sequence[TeacherPayload | None]
-    old_logprobs: Sequence[Tensor | None] | None = (
-        None  # [N] each; None: it has not moved, or they are not read
-    )
+    old_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: not moved, or they are not read
     reference_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: there is no reference
     moved: bool = False  # the student moves after it was scored and before this update
 

@@ -117,8 +117,9 @@ def test_a_cut_is_asked_for_and_recorded() -> None:
     [
         ({"output_token_sampling_mask": None}, "no output_token_sampling_mask, which SGLang has from 0.5.17"),
         ({"output_token_sampling_mask": [[8], [9]]}, "kept ids of 2 tokens for 3 tokens"),
-        ({"output_token_sampling_mask": [[8], [9], "2"]}, "not lists of ids"),
-        ({"output_token_sampling_mask": [[8], [9], None]}, "not lists of ids"),
+        ({"output_token_sampling_mask": [[8], [9], "2"]}, "not an id below 10"),
+        ({"output_token_sampling_mask": [[8], [9], None]}, "not an id below 10"),
+        ({"output_token_sampling_mask": [[8], [9], [2, 3.0]]}, "not an id below 10"),
         ({"output_token_sampling_mask": [[8], [9], [2, 10]]}, "not an id below 10"),
         ({"output_token_sampling_mask": [[8], [9], [2, -1]]}, "not an id below 10"),
         ({"output_token_sampling_mask": [[8], [3, 4], [2]]}, "token 9 is not among the ids"),
