@@ -24,6 +24,7 @@ from megatron_opd.objectives.divergence import full_support_stats
 from megatron_opd.objectives.gates import Gate, aopd_gate, teacher_entropy_gate
 from megatron_opd.objectives.logits import LinearLogits
 from megatron_opd.objectives.policy_gradient import PolicyGradient, discounted_returns, policy_gradient
+from megatron_opd.objectives.served import ServedLogprobs, sampled_stats, without_scale
 from megatron_opd.objectives.shaping import Shaping, shaped_reward
 from megatron_opd.objectives.shard import Request
 from megatron_opd.objectives.stats import TokenStats
@@ -40,6 +41,7 @@ class Objective:
         to the gate's divergence.
     gate: which tokens have the top-K divergence instead of, or besides, the policy gradient.
     temperature: divides the logits of both models; the rollouts were drawn at it.
+    served: the teacher is behind a server, which gives log-probabilities (`ServedLogprobs`) instead of logits.
     """
 
     divergence: str = "reverse_kl"
@@ -52,6 +54,7 @@ class Objective:
     shaping: Shaping = field(default_factory=Shaping)
     token_weight: TokenWeight = field(default_factory=TokenWeight)
     temperature: float = 1.0
+    served: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
@@ -69,15 +72,23 @@ class Objective:
         return self.sampled or self.token_weight.kind in ("cumulative_share", "prefix_ratio")
 
     @property
+    def knows_gaps(self) -> bool:
+        """Whether the teacher's log-probs of the sampled tokens are known: servers give them at temperature 1."""
+        return not self.served or self.temperature == 1.0
+
+    @property
     def sum_names(self) -> tuple[str, ...]:
         """The sums that `loss` returns, in order."""
-        names: tuple[str, ...] = ("loss", "reverse_kl", "weight", "log_gap", "abs_log_gap")
+        distance = "reverse_kl_sampled" if self.served else "reverse_kl"
+        names: tuple[str, ...] = ("loss", distance, "weight", "log_gap", "abs_log_gap")
+        if not self.knows_gaps:
+            names = ("loss", "weight")
         if self.sampled:
             names += ("clipped", "importance")
         if self.gate.kind != "none":
             names += ("gated",)
         if self.support != "full":
-            names += ("topk_divergence", "student_mass", "teacher_mass")
+            names += ("topk_divergence", "student_mass", *(["teacher_mass"] if self.knows_gaps else []))
         elif self.divergence in ("forward_kl", "jsd"):
             names += (self.divergence,)
         return names
@@ -85,7 +96,7 @@ class Objective:
     def token_stats(
         self,
         student: Tensor | LinearLogits,
-        teacher: Tensor | LinearLogits,
+        teacher: Tensor | LinearLogits | ServedLogprobs,
         targets_N: Tensor,
         *,
         rollout_logprob_N: Tensor | None = None,
@@ -97,18 +108,22 @@ class Objective:
     ) -> TokenStats:
         """What the loss needs to know of each token, from the logits shards [N, V/TP] (given, or in chunks).
 
+        A served teacher gives its log-probabilities instead.
         One all-gather forward over `group` (two for jsd); see `vocab_parallel_divergence` and
         `linear_divergence` for the rest. rollout_logprob_N is read by the remainder sampled_tail only.
         """
+        served = teacher if isinstance(teacher, ServedLogprobs) else None
+        assert (served is not None) == self.served
         if self.support != "full":
-            return topk_divergence(
+            stats = topk_divergence(
                 student,
-                teacher,
-                k=self.k,
+                teacher if not isinstance(teacher, ServedLogprobs) else teacher.support(self.temperature),
+                k=None if served else self.k,
                 kind=self.gate.divergence if self.sampled else self.divergence,
                 support=self.support,
                 remainder=self.remainder,
                 targets=targets_N,
+                teacher_logprob=None if served is None else served.logprob / self.temperature,
                 rollout_logprob=None if self.policy.importance_cap is None else rollout_logprob_N,
                 importance_cap=self.policy.importance_cap,
                 entropies=self.gate.kind == "teacher_entropy",
@@ -119,6 +134,7 @@ class Objective:
                 inplace_backward=inplace_backward,
                 chunk_size=chunk_size,
             )
+            return stats if self.knows_gaps else without_scale(stats)
         request = Request(
             kind="reverse_kl" if self.sampled else self.divergence,
             beta=self.beta,
@@ -129,6 +145,8 @@ class Objective:
             inplace_backward=inplace_backward,
             chunk_size=chunk_size,
         )
+        if isinstance(teacher, ServedLogprobs):
+            return sampled_stats(student, teacher, targets_N, request)
         return full_support_stats(student, teacher, targets_N, request)
 
     def loss(
@@ -164,15 +182,17 @@ class Objective:
             scales it by 1 / M with M the unmasked response tokens of the whole optimizer update. And detached
             float64 scalars under `sum_names`, each summed over the unmasked tokens.
         """
-        assert stats.student_logprob is not None and stats.teacher_logprob is not None
+        assert stats.student_logprob is not None
         mask_N = mask_T[positions_N]
         old_N = stats.student_logprob.detach() if old_logprob_N is None else old_logprob_N
-        gap_N = (stats.teacher_logprob - old_N).where(mask_N, 0.0)
+        # Where the gaps are not known nothing reads them.
+        teacher_N = old_N if stats.teacher_logprob is None else stats.teacher_logprob
+        gap_N = (teacher_N - old_N).where(mask_N, 0.0)
         reward_N = gap_N
         if self.sampled:
             shaping = vars(self.shaping)
             reward_N = shaped_reward(
-                stats.teacher_logprob, old_N, reference_logprob_N=reference_logprob_N, **shaping
+                teacher_N, old_N, reference_logprob_N=reference_logprob_N, **shaping
             ).where(mask_N, 0.0)
         weights_N, returns_N = self._along_responses(
             torch.stack([gap_N, reward_N]), positions_N, mask_T, cu_seqlens, progress, group
@@ -183,6 +203,7 @@ class Objective:
         values |= {
             "loss": weights_N.double() * estimator_N.detach().double(),
             "reverse_kl": stats.reverse_kl,
+            "reverse_kl_sampled": -gap_N,
             "weight": weights_N,
             "log_gap": gap_N,
             "abs_log_gap": gap_N.abs(),
