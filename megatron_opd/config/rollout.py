@@ -8,7 +8,7 @@ from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
 
 
 class SGLangConfig(Section):
-    """SGLang servers, of rollout.engine or teacher.engine: started by the run (`python`), or running already (`urls`)."""
+    """SGLang servers of rollouts or of a teacher: started by the run (`python`), or running already (`urls`)."""
 
     python: LocalPath | None = Field(
         None,
@@ -26,8 +26,8 @@ class SGLangConfig(Section):
     urls: list[Annotated[str, Field(pattern="^https?://[^/]+$")]] = Field(
         [],
         description="Servers that run already, such as http://node1:30000; their key, if any, is the environment "
-        "variable SGLANG_API_KEY. Those of rollouts must see run_dir and serve the student's architecture, a teacher's the "
-        "model of teacher.path.",
+        "variable SGLANG_API_KEY. Those of rollouts must see run_dir and serve the student's architecture, those "
+        "of a teacher the model of teacher.path.",
     )
     concurrency: PositiveInt = Field(
         64, description="Requests at a server at once, from each replica of the student."

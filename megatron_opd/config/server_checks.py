@@ -48,6 +48,11 @@ def check_teacher(config: Config) -> None:
     check_servers("teacher.sglang", teacher.sglang)
     if teacher.offload:
         raise UserError("teacher.offload: with teacher.engine sglang nothing of it is here: set it to false")
+    if config.objective.support.startswith("student_topk") and config.training.updates_per_rollout > 1:
+        raise UserError(
+            "training.updates_per_rollout: servers score the student's likeliest ids before the first update only: set "
+            "it to 1, or objective.support to teacher_topk"
+        )
     if config.evaluation.prompts is not None and config.rollout.temperature != 1:
         raise UserError(
             "evaluation.prompts: servers score at temperature 1, and the held-out responses are drawn at "

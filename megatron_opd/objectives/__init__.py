@@ -25,7 +25,7 @@ from megatron_opd.objectives.shard import DIVERGENCE_KINDS
 from megatron_opd.objectives.stats import TokenStats
 from megatron_opd.objectives.token_weights import TOKEN_WEIGHT_KINDS, TokenWeight, token_weights
 from megatron_opd.objectives.topk import topk_divergence
-from megatron_opd.objectives.vocab_parallel import sampled_logprob
+from megatron_opd.objectives.vocab_parallel import likeliest, sampled_logprob
 
 __all__ = [
     "DIVERGENCE_KINDS",
@@ -43,6 +43,7 @@ __all__ = [
     "discounted_returns",
     "discounted_suffix_sums",
     "gather_sequence",
+    "likeliest",
     "linear_divergence",
     "policy_gradient",
     "reference",
