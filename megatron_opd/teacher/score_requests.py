@@ -117,12 +117,10 @@ def parse_score(reply: Any, span: Span, k: int, wanted: Ids | None, vocab_size: 
     logprob = _next_tokens(meta.get("input_token_logprobs"), span, vocab_size)[chosen]
     ids, ids_logprob = np.empty((len(chosen), 0), np.int64), np.empty((len(chosen), 0), np.float32)
     if k > 0:
-        ids, ids_logprob = _likeliest(meta, count, k)
+        ids, ids_logprob = (rows[chosen] for rows in _likeliest(meta, count, k))
         _check_ids(ids, vocab_size)
     elif wanted is not None:
         ids, ids_logprob = wanted, _named(meta.get("input_token_ids_logprobs"), count, chosen, wanted)
-    if k > 0:
-        ids, ids_logprob = ids[chosen], ids_logprob[chosen]
     _check_logprobs(ids_logprob, "an id of the support")
     if ids.size and (np.exp(ids_logprob.astype(np.float64)).sum(1) > 1 + 1e-2).any():
         raise BadReply("the probabilities of a position's ids sum to more than 1")
