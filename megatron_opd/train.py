@@ -4,6 +4,7 @@ The embedded rollout engine shares the student's weights; servers are given them
 """
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -34,7 +35,7 @@ def train(config: Config) -> None:
     decode = job.texts.tokenizer.decode
     with (
         RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log,
-        teaching(job, log.say),
+        teaching(job, log.say) if start < steps else nullcontext(),
         serving(job, log.say) as publish,
     ):
         for line in [*job.notes(start), *(f"changed from step {start} on: {change}" for change in changes)]:

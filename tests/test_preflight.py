@@ -38,7 +38,7 @@ def test_the_schema_and_the_objective_have_the_same_keys_and_defaults() -> None:
     assert build_objective(config({})) == Objective()
     section = config({}).objective
     outside = {"preset", "mask", "check", "head_chunk"}
-    ours = {field.name for field in fields(Objective)} - {"temperature"}
+    ours = {field.name for field in fields(Objective)} - {"temperature", "served"}
     assert ours == set(type(section).model_fields) - outside
     for name in ours:
         part = getattr(section, name)

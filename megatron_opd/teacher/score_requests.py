@@ -115,9 +115,11 @@ def parse_score(reply: Any, span: Span, k: int, wanted: Ids | None, vocab_size: 
         raise BadReply(f"{meta.get('prompt_tokens')} prompt tokens instead of {len(span.tokens)}")
     count, chosen = len(span.tokens) - 1 - span.first, span.positions - span.first
     logprob = _next_tokens(meta.get("input_token_logprobs"), span, vocab_size)[chosen]
-    ids, ids_logprob = np.empty((len(chosen), 0), np.int64), np.empty((len(chosen), 0), np.float32)
+    ids: Ids = np.empty((len(chosen), 0), np.int64)
+    ids_logprob: Logprobs = np.empty((len(chosen), 0), np.float32)
     if k > 0:
-        ids, ids_logprob = (rows[chosen] for rows in _likeliest(meta, count, k))
+        ids, ids_logprob = _likeliest(meta, count, k)
+        ids, ids_logprob = ids[chosen], ids_logprob[chosen]
         _check_ids(ids, vocab_size)
     elif wanted is not None:
         ids, ids_logprob = wanted, _named(meta.get("input_token_ids_logprobs"), count, chosen, wanted)

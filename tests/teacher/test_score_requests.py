@@ -61,7 +61,10 @@ def test_a_good_reply_is_read_at_the_loss_positions(arrays: dict[str, Any]) -> N
 def test_named_ids_are_gathered_for_each_position() -> None:
     wanted = np.array([[3, 1], [1, 8]])
     assert score_body(SPAN, 0, wanted)["token_ids_logprob"] == [1, 3, 8]
-    rows = [None, *([entry(-2 - row - token / 10, token) for token in (1, 3, 8)] for row in range(3))]
+    rows: list[Any] = [
+        None,
+        *([entry(-2 - row - token / 10, token) for token in (1, 3, 8)] for row in range(3)),
+    ]
     scored = parse_score(reply(input_token_ids_logprobs=rows), SPAN, 0, wanted, VOCAB)
     assert scored.ids_logprob == pytest.approx(np.array([[-2.3, -2.1], [-4.1, -4.8]]))
     rows[1][0] = entry(-0.1, 2)

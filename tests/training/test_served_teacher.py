@@ -27,7 +27,7 @@ IW_OPD = Objective("policy_gradient", token_weight=TokenWeight("cumulative_share
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, sglang: SGLangServer) -> Path:
-    """`teacher`, which the server has, a `student`, and `same`, the teacher as a student; with tokenizers and prompts."""
+    """`teacher`, which the server has, a `student`, and the teacher as a student, `same`; with tokenizers, prompts."""
     folder = tmp_path_factory.mktemp("served")
     for name, model in (("teacher", 0), ("student", 1), ("same", 0)):
         (folder / name).mkdir()
