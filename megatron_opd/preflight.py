@@ -55,7 +55,8 @@ class Checked:
 def check_before_start(config: Config, world_size: int) -> Checked:
     """Checks that `config` can run on `world_size` processes.
 
-    Raises UserError as `check_models`, for a missing prompt file and for a run directory that is none.
+    Raises UserError as `check_models`, for a missing prompt file, for a run directory that is none and for what SGLang
+    cannot be started with.
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"run_dir: {config.run_dir} is a file, not a folder")
@@ -72,6 +73,12 @@ def check_before_start(config: Config, world_size: int) -> Checked:
             raise UserError(
                 f"{section}.sglang.python: {python} is no program: name the interpreter, .../bin/python"
             )
+    teacher = config.teacher
+    if teacher.sglang.python is not None and not any(teacher.path.glob("*.safetensors")):
+        raise UserError(
+            f"teacher.path: {teacher.path} has no *.safetensors for the servers to load: name a Hugging Face folder, "
+            "or give teacher.sglang.urls"
+        )
     return checked
 
 
