@@ -2,8 +2,7 @@
 
 import json
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import ServedModel, read_served
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.rollout.replicas import BadReply
-from megatron_opd.teacher.contract import check_contract
+from megatron_opd.teacher.contract import Ask, check_contract
 from megatron_opd.teacher.sglang import SGLangTeacher
 from tests.gloo_pool import GlooPools
 from tests.rollout.fake_server import fake_server
@@ -83,16 +82,15 @@ def scored_one(urls: list[str]) -> str:
     return str(caught.value)
 
 
-@contextmanager
-def asking(url: str) -> Iterator[Callable[[str, dict[str, Any] | None], dict[str, Any]]]:
-    """What asks the server at `url`."""
-    with SGLangServer(None, [], []).engine([url], key="teacher.sglang") as engine:  # type: ignore[arg-type]
+@pytest.fixture
+def ask(sglang: SGLangServer) -> Iterator[Ask]:
+    """What asks the real server."""
+    with sglang.engine(key="teacher.sglang") as engine:
         yield engine.ask_all
 
 
-def test_the_contract_holds_for_the_served_model(sglang: SGLangServer) -> None:
-    with asking(sglang.url) as ask:
-        check_contract(ask, read_served(sglang.models[0]), LONGEST)
+def test_the_contract_holds_for_the_served_model(ask: Ask, sglang: SGLangServer) -> None:
+    check_contract(ask, read_served(sglang.models[0]), LONGEST)
 
 
 @pytest.mark.parametrize(
@@ -112,28 +110,24 @@ def test_the_contract_holds_for_the_served_model(sglang: SGLangServer) -> None:
     ],
 )
 def test_another_model_is_refused(
-    sglang: SGLangServer, model: ServedModel, longest: int, message: str
+    ask: Ask, sglang: SGLangServer, model: ServedModel, longest: int, message: str
 ) -> None:
-    with (
-        asking(sglang.url) as ask,
-        pytest.raises(UserError, match=f"^teacher.sglang: {sglang.url} {message}"),
-    ):
+    with pytest.raises(UserError, match=f"^teacher.sglang: {sglang.url} {message}"):
         check_contract(ask, model, longest)
 
 
-def test_a_smaller_vocabulary_is_refused_by_the_server_itself(sglang: SGLangServer) -> None:
+def test_a_smaller_vocabulary_is_refused_by_the_server_itself(ask: Ask) -> None:
     """As where the trainer does not see the server's model files."""
-    with asking(sglang.url) as ask:
 
-        def elsewhere(path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-            answers = ask(path, body)
-            for answer in answers.values():
-                if isinstance(answer, dict) and "model_path" in answer:
-                    answer["model_path"] = "org/model"
-            return answers
+    def elsewhere(path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        answers = ask(path, body)
+        for answer in answers.values():
+            if isinstance(answer, dict) and "model_path" in answer:
+                answer["model_path"] = "org/model"
+        return answers
 
-        with pytest.raises(UserError, match="out-of-vocabulary token id 299"):
-            check_contract(elsewhere, ServedModel(300, 128, ()), LONGEST)
+    with pytest.raises(UserError, match="out-of-vocabulary token id 299"):
+        check_contract(elsewhere, ServedModel(300, 128, ()), LONGEST)
 
 
 def test_a_server_that_says_nothing() -> None:

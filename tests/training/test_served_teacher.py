@@ -23,6 +23,7 @@ from tests.training.tiny_run import build_run
 LSM = Objective(support="teacher_topk", k=8)
 OPD = Objective("policy_gradient")
 IW_OPD = Objective("policy_gradient", token_weight=TokenWeight("cumulative_share", gamma=0.5))
+NAMES = {LSM: "lsm", OPD: "opd", IW_OPD: "iw-opd"}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def both_steps(
         pytest.param(ParallelLayout(tensor=2, pipeline=2), LSM, marks=pytest.mark.full),
         pytest.param(ParallelLayout(tensor=2, context=2), IW_OPD, marks=pytest.mark.full),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, ParallelLayout) else NAMES[value],
 )
 def test_loss_and_gradient_are_those_of_the_colocated_teacher(
     gloo: GlooPools, sglang: SGLangServer, folder: Path, layout: ParallelLayout, objective: Objective
@@ -83,7 +84,7 @@ def test_loss_and_gradient_are_those_of_the_colocated_teacher(
             assert difference <= 1e-4 * colocated[1][name].norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("objective", [OPD, LSM], ids=["sampled", "top-K"])
+@pytest.mark.parametrize("objective", [OPD, LSM], ids=NAMES.__getitem__)
 def test_the_student_itself_as_teacher_is_at_no_distance(
     gloo: GlooPools, sglang: SGLangServer, folder: Path, objective: Objective
 ) -> None:
