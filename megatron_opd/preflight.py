@@ -1,6 +1,7 @@
 """The checks of a run that need no process group: made before processes start, and again by each of them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_opd.config.checks import check_layout
 from megatron_opd.config.schema import Config, ParallelConfig
 from megatron_opd.config.section import Section
 from megatron_opd.errors import UserError
-from megatron_opd.models.architecture import Architecture, read_architecture
+from megatron_opd.models.architecture import Architecture, ServedModel, read_architecture, read_served
 from megatron_opd.objectives.gates import Gate
 from megatron_opd.objectives.objective import Objective
 from megatron_opd.objectives.policy_gradient import PolicyGradient
@@ -20,6 +21,7 @@ from megatron_opd.objectives.shaping import Shaping
 from megatron_opd.objectives.token_weights import TokenWeight
 
 Settings = TypeVar("Settings", Gate, PolicyGradient, Shaping, TokenWeight)
+Model = TypeVar("Model")
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,22 @@ class Checked:
     """What the checks found out on the way. `parallel.data` is filled in."""
 
     student: Architecture
-    teacher: Architecture
+    teacher: Architecture | None  # None: it is behind servers
     reference: Architecture | None
     parallel: ParallelConfig
     objective: Objective
+    served: ServedModel | None = None  # the teacher behind servers
 
     @property
     def architectures(self) -> list[Architecture]:
-        """Of all models of the run."""
+        """Of all models that the processes of the run hold."""
         return [arch for arch in (self.student, self.teacher, self.reference) if arch is not None]
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that all models have."""
+        sizes = [arch.vocab_size for arch in self.architectures]
+        return min(sizes if self.served is None else [*sizes, self.served.vocab_size])
 
     @property
     def padded_vocab_size(self) -> int:
@@ -46,7 +55,8 @@ class Checked:
 def check_before_start(config: Config, world_size: int) -> Checked:
     """Checks that `config` can run on `world_size` processes.
 
-    Raises UserError as `check_models`, for a missing prompt file and for a run directory that is none.
+    Raises UserError as `check_models`, for a missing prompt file, for a run directory that is none and for what SGLang
+    cannot be started with.
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"run_dir: {config.run_dir} is a file, not a folder")
@@ -57,10 +67,17 @@ def check_before_start(config: Config, world_size: int) -> Checked:
     ):
         if path is not None and not path.exists():
             raise UserError(f"{key}: {path} does not exist")
-    python = config.rollout.sglang.python
-    if python is not None and not os.access(python, os.X_OK):
+    for section, servers in (("rollout", config.rollout.sglang), ("teacher", config.teacher.sglang)):
+        python = servers.python
+        if python is not None and not os.access(python, os.X_OK):
+            raise UserError(
+                f"{section}.sglang.python: {python} is no program: name the interpreter, .../bin/python"
+            )
+    teacher = config.teacher
+    if teacher.sglang.python is not None and not any(teacher.path.glob("*.safetensors")):
         raise UserError(
-            f"rollout.sglang.python: {python} is no program: name the interpreter, .../bin/python"
+            f"teacher.path: {teacher.path} has no *.safetensors for the servers to load: name a Hugging Face folder, "
+            "or give teacher.sglang.urls"
         )
     return checked
 
@@ -72,11 +89,17 @@ def check_models(config: Config, world_size: int) -> Checked:
     layout that does not fit `world_size` processes.
     """
     objective = build_objective(config)
-    student = _architecture("student.path", config.student.path)
-    teacher = _architecture("teacher.path", config.teacher.path)
-    reference = _architecture("reference.path", config.reference.path) if config.reference else None
-    parallel = check_layout(config, student, teacher, world_size, reference)
-    return Checked(student, teacher, reference, parallel, objective)
+    student = _read("student.path", config.student.path, read_architecture)
+    served, teacher = None, None
+    if objective.served:
+        served = _read("teacher.path", config.teacher.path, read_served)
+    else:
+        teacher = _read("teacher.path", config.teacher.path, read_architecture)
+    reference = None
+    if config.reference is not None:
+        reference = _read("reference.path", config.reference.path, read_architecture)
+    parallel = check_layout(config, student, teacher, world_size, reference, served=served)
+    return Checked(student, teacher, reference, parallel, objective, served)
 
 
 def build_objective(config: Config) -> Objective:
@@ -102,6 +125,7 @@ def build_objective(config: Config) -> Objective:
             token_weight=token_weight,
             temperature=config.rollout.temperature,
             kept_ids_only=section.kept_ids_only,
+            served=config.teacher.engine == "sglang",
         )
     except ValueError as error:
         raise UserError(f"objective.{error}") from None
@@ -115,9 +139,9 @@ def _settings(kind: type[Settings], key: str, section: Section) -> Settings:
         raise UserError(f"objective.{key}.{error}") from None
 
 
-def _architecture(key: str, folder: Path) -> Architecture:
+def _read(key: str, folder: Path, read: Callable[[Path], Model]) -> Model:
     try:
-        return read_architecture(folder)
+        return read(folder)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 

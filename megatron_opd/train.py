@@ -4,6 +4,7 @@ The embedded rollout engine shares the student's weights; servers are given them
 """
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
 from megatron_opd.training.serving import serving
+from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import means_over_tokens
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
@@ -34,6 +36,7 @@ def train(config: Config) -> None:
     decode = job.texts.tokenizer.decode
     with (
         RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log,
+        teaching(job, log.say) if start < steps else nullcontext(),
         serving(job, log.say) as publish,
     ):
         for line in [*job.notes(start), *(f"changed from step {start} on: {change}" for change in changes)]:
@@ -96,13 +99,16 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
 
 
 def evaluate(job: Job, step: int) -> dict[str, float]:
-    """Held-out reverse KL in nats per token, on the student's own rollouts from the held-out prompts."""
+    """Held-out reverse KL in nats per token, on the student's own rollouts from the held-out prompts.
+
+    With a teacher behind servers it is an estimate, see `Job.heldout_reverse_kl`.
+    """
     began = time.perf_counter()
     seed = job.config.seed + HELDOUT_SEED_OFFSET
     rollouts = job.draw(job.texts.heldout, step=step, seed=seed, samples=1)
-    reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
+    name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
     return {
-        "eval/reverse_kl": reverse_kl,
+        f"eval/{name}": reverse_kl,
         "eval/response_tokens": tokens / len(rollouts),
         "eval/seconds": time.perf_counter() - began,
     }

@@ -57,6 +57,10 @@ def test_what_does_not_fit_is_exit_code_1(capsys: pytest.CaptureFixture[str]) ->
         (["parallel.tensor=8"], "parallel.tensor: 8 does not divide the 4 key-value heads of the teacher"),
         (["--processes", "30"], "but 30 processes run"),
         (["student.path=nowhere"], "student.path: model folder not found"),
+        (
+            ["teacher.engine=sglang", "teacher.sglang.urls=[http://a:1]", "parallel.expert=1"],
+            "teacher.engine: what servers take is not planned",
+        ),
         (["--hardware", "h1000"], "--hardware: h1000 is no file"),
     ],
 )

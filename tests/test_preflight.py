@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def test_the_schema_and_the_objective_have_the_same_keys_and_defaults() -> None:
     assert build_objective(config({})) == Objective()
     section = config({}).objective
     outside = {"preset", "mask", "check", "head_chunk"}
-    ours = {field.name for field in fields(Objective)} - {"temperature"}
+    ours = {field.name for field in fields(Objective)} - {"temperature", "served"}
     assert ours == set(type(section).model_fields) - outside
     for name in ours:
         part = getattr(section, name)
@@ -107,6 +108,30 @@ def test_what_a_check_finds_out(tmp_path: Path) -> None:
         check_before_start(Config.model_validate({**tree, "parallel": {"pipeline": 4}}), 4)
     with pytest.raises(UserError, match=r"^reference\.path: "):
         check_before_start(Config.model_validate({**tree, "reference": {"path": str(tmp_path / "no")}}), 1)
+
+
+def test_a_served_teacher_is_checked_without_its_weights(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "s")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "config.json").write_text(
+        '{"model_type": "unheard-of", "vocab_size": 200, "max_position_embeddings": 64}'
+    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+
+    def tree(**served: Any) -> Config:
+        teacher = {"path": str(tmp_path / "t"), "engine": "sglang", "sglang": served}
+        sections = {"teacher": teacher, "student": {"path": str(tmp_path / "s")}}
+        data = {"prompts": str(tmp_path / "p.jsonl"), "max_prompt_tokens": 32}
+        objective = {"divergence": "policy_gradient"}
+        return Config.model_validate({**MINIMAL, **sections, "data": data, "objective": objective})
+
+    checked = check_before_start(tree(urls=["http://a:1"]), 1)
+    assert checked.teacher is None and checked.served is not None and checked.objective.served
+    assert checked.vocab_size == 200 and len(checked.architectures) == 1
+    with pytest.raises(UserError, match=r"^teacher\.path: .* has no \*\.safetensors"):
+        check_before_start(tree(python=sys.executable), 1)
+    with pytest.raises(UserError, match=r"^teacher\.sglang\.python: .* is no program"):
+        check_before_start(tree(python=str(tmp_path / "p.jsonl")), 1)
 
 
 @pytest.mark.parametrize(

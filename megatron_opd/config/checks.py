@@ -9,25 +9,20 @@ from typing import Protocol
 
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.server_checks import check_servers, check_teacher
 from megatron_opd.errors import UserError
 
-OWNED_ARGUMENTS = {
-    "--api-key",
-    "--config",
-    "--context-length",
-    "--dtype",
-    "--host",
-    "--json-model-override-args",
-    "--model",
-    "--model-path",
-    "--port",
-    "--sampling-mask-max-tokens",
-    "--weight-version",
-}
-"""Arguments of sglang.launch_server that follow from the rest of the configuration."""
+
+class ServedSizes(Protocol):
+    """The sizes of a model that prompts and responses have to fit, wherever it runs."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
 
 
-class ModelSizes(Protocol):
+class ModelSizes(ServedSizes, Protocol):
     """The sizes of a model that a layout has to fit. Counts are of the whole model."""
 
     @property
@@ -39,11 +34,7 @@ class ModelSizes(Protocol):
     @property
     def ffn_size(self) -> int: ...  # not read of a model with experts
     @property
-    def vocab_size(self) -> int: ...
-    @property
     def num_experts(self) -> int: ...  # a layer; 0 for a dense model
-    @property
-    def max_positions(self) -> int: ...
 
 
 def processes_needed(parallel: ParallelConfig) -> int:
@@ -96,6 +87,7 @@ def check_fields(config: Config) -> None:
     _check_optimizer(config)
     _check_microbatch(config)
     _check_engine(config.rollout)
+    check_teacher(config)
     _check_objective(config)
     if config.objective.kept_ids_only:
         _check_kept_ids(config.rollout)
@@ -104,13 +96,15 @@ def check_fields(config: Config) -> None:
 def check_layout(
     config: Config,
     student: ModelSizes,
-    teacher: ModelSizes,
+    teacher: ModelSizes | None,
     world_size: int,
     reference: ModelSizes | None = None,
+    *,
+    served: ServedSizes | None = None,
 ) -> ParallelConfig:
     """Conditions between `config`, the models and the number of processes, `check_fields` included.
 
-    Returns the layout with `data` filled in.
+    A teacher behind servers is `served`, and `teacher` is None. Returns the layout with `data` filled in.
     """
     check_fields(config)
     data = data_parallel_size(config.parallel, world_size)
@@ -123,8 +117,10 @@ def check_layout(
         )
     if config.training.moe_aux_loss is not None and not student.num_experts:
         raise UserError("training.moe_aux_loss: the student has no experts to balance: leave it null")
-    models = {"student": student, "teacher": teacher} | ({"reference": reference} if reference else {})
-    shared = min(model.vocab_size for model in models.values())
+    roles = {"student": student, "teacher": teacher, "reference": reference}
+    models = {role: model for role, model in roles.items() if model is not None}
+    sizes: dict[str, ServedSizes] = {**models, **({"teacher": served} if served else {})}
+    shared = min(model.vocab_size for model in sizes.values())
     if rollout.engine == "sglang" and student.vocab_size > shared:
         raise UserError(
             f"rollout.engine: SGLang draws from all {student.vocab_size} tokens of the student, but another model has "
@@ -132,7 +128,7 @@ def check_layout(
         )
     _check_divisible(config.parallel, models)
     _check_experts(config.parallel, models, data)
-    for role, model in models.items():
+    for role, model in sizes.items():
         _check_rollout(config, role, model)
         if config.objective.support != "full" and config.objective.k > model.vocab_size:
             raise UserError(
@@ -144,28 +140,15 @@ def check_layout(
 
 def _check_engine(rollout: RolloutConfig) -> None:
     """The engine reads its own keys only, and reports log-probs at the temperature it drew with."""
-    served, defaults = rollout.sglang, SGLangConfig()
     if rollout.engine == "local":
-        if served != defaults:
+        if rollout.sglang != SGLangConfig():
             raise UserError(
                 "rollout.sglang: the engine local reads nothing of it: set rollout.engine to sglang"
             )
         return
     if rollout.max_batch is not None:
         raise UserError("rollout.max_batch: the engine local reads it: use rollout.sglang.concurrency")
-    if (served.python is None) == (not served.urls):
-        raise UserError(
-            "rollout.sglang: give either python, the interpreter of an environment with SGLang, or urls of running "
-            "servers"
-        )
-    for key in ("servers", "host", "arguments"):
-        if served.urls and getattr(served, key) != getattr(defaults, key):
-            raise UserError(
-                f"rollout.sglang.{key}: of servers that the run starts, and urls has others: remove one"
-            )
-    owned = sorted(set(word.partition("=")[0] for word in served.arguments) & OWNED_ARGUMENTS)
-    if owned:
-        raise UserError(f"rollout.sglang.arguments: {owned[0]} is set by the run: remove it")
+    check_servers("rollout.sglang", rollout.sglang)
     if rollout.temperature != 1 and (rollout.top_k == 1 or rollout.temperature < 1e-6):
         raise UserError(
             "rollout.temperature: SGLang takes the likeliest token here and reports its log-prob at temperature 1: set "
@@ -299,7 +282,7 @@ def _check_experts(parallel: ParallelConfig, models: dict[str, ModelSizes], data
         )
 
 
-def _check_rollout(config: Config, role: str, model: ModelSizes) -> None:
+def _check_rollout(config: Config, role: str, model: ServedSizes) -> None:
     """The longest sequence has to fit the positions of the model, top-k its vocabulary."""
     top_k = config.rollout.top_k
     longest = _longest_sequence(config)

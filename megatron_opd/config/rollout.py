@@ -1,4 +1,4 @@
-"""The keys of the rollouts and of the servers that draw them."""
+"""The keys of the rollouts, and of SGLang servers: those that draw them, and a teacher's."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
 
 
 class SGLangConfig(Section):
-    """The SGLang servers of rollout.engine = sglang: started by the run (`python`), or running already (`urls`)."""
+    """SGLang servers of rollouts or of a teacher: started by the run (`python`), or running already (`urls`)."""
 
     python: LocalPath | None = Field(
         None,
@@ -26,13 +26,14 @@ class SGLangConfig(Section):
     urls: list[Annotated[str, Field(pattern="^https?://[^/]+$")]] = Field(
         [],
         description="Servers that run already, such as http://node1:30000; their key, if any, is the environment "
-        "variable SGLANG_API_KEY. They must see run_dir and serve the student's architecture.",
+        "variable SGLANG_API_KEY. Those of rollouts must see run_dir and serve the student's architecture, those "
+        "of a teacher the model of teacher.path.",
     )
     concurrency: PositiveInt = Field(
-        64, description="Responses asked of a server at once, by each replica of the student."
+        64, description="Requests at a server at once, from each replica of the student."
     )
     request_timeout: float = Field(
-        1800.0, gt=0, description="Seconds that one response may take; then another server is asked."
+        1800.0, gt=0, description="Seconds that one request may take; then another server is asked."
     )
     outage_timeout: float = Field(
         600.0,

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_opd.config.objective import ObjectiveConfig
-from megatron_opd.config.rollout import RolloutConfig
+from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
 
 
@@ -28,6 +28,22 @@ class FrozenModelConfig(ModelConfig):
     offload: bool = Field(
         False,
         description="Keep its weights, all but the LM head, in host memory while it does not run. Needs a GPU.",
+    )
+
+
+class TeacherConfig(FrozenModelConfig):
+    """The teacher. Behind servers nothing of it is loaded here: of `path`, config.json and tokenizer are enough."""
+
+    engine: Literal["megatron", "sglang"] = Field(
+        "megatron",
+        description="megatron: on the training processes. sglang: SGLang servers, as the section `sglang` says, which "
+        "give log-probs of single tokens: for policy_gradient or a support, at temperature 1 or renormalized.",
+    )
+    sglang: SGLangConfig = SGLangConfig()
+    request_tokens: PositiveInt = Field(
+        2048,
+        description="Tokens of a response that a server scores in one request: bounds its memory for log-probs. Read "
+        "by the engine sglang.",
     )
 
 
@@ -165,7 +181,7 @@ class Config(Section):
         description="Type of weights and activations. bf16 keeps float32 master weights in the optimizer.",
     )
     student: ModelConfig
-    teacher: FrozenModelConfig
+    teacher: TeacherConfig
     reference: FrozenModelConfig | None = Field(
         None, description="Third model, for objective.shaping.reference_weight. null: none."
     )

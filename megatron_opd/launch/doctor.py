@@ -24,7 +24,7 @@ _REQUIRED = ("transformers", "safetensors", "datasets", "tensorboard", "matplotl
 _OPTIONAL = {  # distribution -> what it is good for
     "transformer-engine": "attention (bf16) and fused Adam on NVIDIA GPUs",
     "apex": "fused optimizer on NVIDIA GPUs",
-    "sglang": "servers that draw rollouts (rollout.sglang.python may name another environment)",
+    "sglang": "servers that draw or score rollouts (python in rollout.sglang, teacher.sglang: another environment)",
 }
 
 

@@ -97,6 +97,32 @@ class Architecture:
         return -(-self.vocab_size // multiple) * multiple
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What has to be known of a model that servers run: any family that they support."""
+
+    vocab_size: int
+    max_positions: int
+    architectures: tuple[str, ...]  # names of its classes, as config.json has them; may be empty
+
+
+def read_served(folder: Path) -> ServedModel:
+    """Read `folder/config.json` of a model of any family. Raises UserError for one that lacks a size."""
+    config = read_config_json(folder)
+    sizes = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    for key in ("vocab_size", "max_position_embeddings"):
+        if not isinstance(sizes.get(key), int) or sizes[key] < 1:
+            raise UserError(
+                f"{folder}/config.json: {key} has to be a whole number above 0, not {sizes.get(key)!r}"
+            )
+    names = config.get("architectures")
+    return ServedModel(
+        sizes["vocab_size"],
+        sizes["max_position_embeddings"],
+        tuple(str(name) for name in names) if isinstance(names, list) else (),
+    )
+
+
 def read_config_json(folder: Path) -> dict:
     """The `config.json` of a model folder. Raises UserError when the folder or the file is missing or broken."""
     if not folder.is_dir():

@@ -46,6 +46,7 @@ def check_combination(objective: Objective) -> None:
     | `policy.length_normalized` | discount > 0 |
     | `shaping.power` | no `shaping.clip` (`Shaping` refuses a reference weight) |
     | `policy.importance_cap` | remainder sampled_tail too |
+    | a served teacher | see `_check_served` |
     | `token_weight.*` | the kinds that read it (`TOKEN_WEIGHT_FIELDS`); not all weights 0 |
     """
     _check_names(objective)
@@ -55,6 +56,8 @@ def check_combination(objective: Objective) -> None:
     if objective.divergence == "policy_gradient":
         _check_policy(objective)
     _check_token_weight(objective)
+    if objective.served:
+        _check_served(objective)
     _check_all_read(objective)
 
 
@@ -183,6 +186,52 @@ def _check_token_weight(objective: Objective) -> None:
         at_fault = "gamma" if weight.gamma == 0.0 else "fraction"
         raise ValueError(
             f"token_weight.{at_fault}: 0 with token_weight.floor 0 makes every weight 0: raise one of them"
+        )
+
+
+def _check_served(objective: Objective) -> None:
+    """What log-probs of single ids, at temperature 1, are enough for."""
+    divergence, policy, gate = objective.divergence, objective.policy, objective.gate.kind
+    served = "a teacher behind a server does not give"
+    if objective.kept_ids_only:
+        raise ValueError(f"kept_ids_only: needs log-probs of every kept id, which {served}: set it to false")
+    if divergence != "policy_gradient" and objective.support == "full":
+        raise ValueError(
+            f"support: {divergence} over the full vocabulary needs all logits, which {served}: use policy_gradient, "
+            "or reverse_kl or forward_kl with support teacher_topk"
+        )
+    if gate == "teacher_entropy":
+        raise ValueError(
+            f"gate.kind: {gate} needs an entropy over the full vocabulary, which {served}: set it to aopd or none"
+        )
+    if policy.baseline != "none":
+        raise ValueError(
+            f"policy.baseline: {policy.baseline} is over the full vocabulary, which {served}: set it to none"
+        )
+    if policy.exact_step:
+        raise ValueError(
+            f"policy.exact_step: needs a divergence over the full vocabulary, which {served}: set it to false"
+        )
+    if not objective.knows_gaps:
+        _check_scaled(objective)
+
+
+def _check_scaled(objective: Objective) -> None:
+    """At another temperature than 1 a served teacher's log-probs are known up to a constant of each token."""
+    remedy = "or the temperature of the rollouts to 1, at which the server scores"
+    if objective.divergence == "policy_gradient":
+        raise ValueError(
+            "divergence: policy_gradient reads the teacher's log-prob of the sampled token: set divergence to "
+            f"reverse_kl with support teacher_topk and remainder renormalize, {remedy}"
+        )
+    if objective.remainder != "renormalize":
+        raise ValueError(
+            f"remainder: {objective.remainder} reads the teacher's probabilities: set it to renormalize, {remedy}"
+        )
+    if objective.token_weight.kind in ("cumulative_share", "prefix_ratio"):
+        raise ValueError(
+            f"token_weight.kind: {objective.token_weight.kind} reads the teacher's log-prob of the sampled token: set "
+            f"it to uniform, {remedy}"
         )
 
 

@@ -25,6 +25,7 @@ from megatron_opd.objectives.gates import Gate, aopd_gate, teacher_entropy_gate
 from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.objectives.logits import LinearLogits
 from megatron_opd.objectives.policy_gradient import PolicyGradient, discounted_returns, policy_gradient
+from megatron_opd.objectives.served import ServedLogprobs, sampled_stats, without_scale
 from megatron_opd.objectives.shaping import Shaping, shaped_reward
 from megatron_opd.objectives.shard import Request
 from megatron_opd.objectives.stats import TokenStats
@@ -43,6 +44,7 @@ class Objective:
     temperature: divides the logits of both models; the rollouts were drawn at it.
     kept_ids_only: both models are restricted, token by token, to the ids that top-p or top-k left the sampler, and
         renormalised there, before anything else is computed: so the student is the policy that drew the tokens.
+    served: the teacher is behind a server, which gives log-probabilities (`ServedLogprobs`) instead of logits.
     """
 
     divergence: str = "reverse_kl"
@@ -56,6 +58,7 @@ class Objective:
     token_weight: TokenWeight = field(default_factory=TokenWeight)
     temperature: float = 1.0
     kept_ids_only: bool = False
+    served: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
@@ -73,15 +76,23 @@ class Objective:
         return self.sampled or self.token_weight.kind in ("cumulative_share", "prefix_ratio")
 
     @property
+    def knows_gaps(self) -> bool:
+        """Whether the teacher's log-probs of the sampled tokens are known: servers give them at temperature 1."""
+        return not self.served or self.temperature == 1.0
+
+    @property
     def sum_names(self) -> tuple[str, ...]:
         """The sums that `loss` returns, in order."""
-        names: tuple[str, ...] = ("loss", "reverse_kl", "weight", "log_gap", "abs_log_gap")
+        distance = "reverse_kl_sampled" if self.served else "reverse_kl"
+        names: tuple[str, ...] = ("loss", distance, "weight", "log_gap", "abs_log_gap")
+        if not self.knows_gaps:
+            names = ("loss", "weight")
         if self.sampled:
             names += ("clipped", "importance")
         if self.gate.kind != "none":
             names += ("gated",)
         if self.support != "full":
-            names += ("topk_divergence", "student_mass", "teacher_mass")
+            names += ("topk_divergence", "student_mass", *(["teacher_mass"] if self.knows_gaps else []))
         elif self.divergence in ("forward_kl", "jsd"):
             names += (self.divergence,)
         return names
@@ -89,7 +100,7 @@ class Objective:
     def token_stats(
         self,
         student: Tensor | LinearLogits,
-        teacher: Tensor | LinearLogits,
+        teacher: Tensor | LinearLogits | ServedLogprobs,
         targets_N: Tensor,
         *,
         rollout_logprob_N: Tensor | None = None,
@@ -102,21 +113,25 @@ class Objective:
     ) -> TokenStats:
         """What the loss needs to know of each token, from the logits shards [N, V/TP] (given, or in chunks).
 
+        A served teacher gives its log-probabilities instead.
         One all-gather forward over `group` (two for jsd); see `vocab_parallel_divergence` and
         `linear_divergence` for the rest. rollout_logprob_N is read by the remainder sampled_tail only, `kept`, the
         ids that sampling kept at each token, with kept_ids_only only; then every statistic is of the kept ids.
         """
         assert kept is not None or not self.kept_ids_only
         kept = kept if self.kept_ids_only else None
+        served = teacher if isinstance(teacher, ServedLogprobs) else None
+        assert (served is not None) == self.served
         if self.support != "full":
-            return topk_divergence(
+            stats = topk_divergence(
                 student,
-                teacher,
-                k=self.k,
+                teacher if not isinstance(teacher, ServedLogprobs) else teacher.support(self.temperature),
+                k=None if served else self.k,
                 kind=self.gate.divergence if self.sampled else self.divergence,
                 support=self.support,
                 remainder=self.remainder,
                 targets=targets_N,
+                teacher_logprob=None if served is None else served.logprob / self.temperature,
                 rollout_logprob=None if self.policy.importance_cap is None else rollout_logprob_N,
                 importance_cap=self.policy.importance_cap,
                 entropies=self.gate.kind == "teacher_entropy",
@@ -128,6 +143,7 @@ class Objective:
                 chunk_size=chunk_size,
                 kept=kept,
             )
+            return stats if self.knows_gaps else without_scale(stats)
         request = Request(
             kind="reverse_kl" if self.sampled else self.divergence,
             beta=self.beta,
@@ -139,6 +155,8 @@ class Objective:
             chunk_size=chunk_size,
             kept=kept,
         )
+        if isinstance(teacher, ServedLogprobs):
+            return sampled_stats(student, teacher, targets_N, request)
         return full_support_stats(student, teacher, targets_N, request)
 
     def loss(
@@ -175,15 +193,17 @@ class Objective:
             scales it by 1 / M with M the unmasked response tokens of the whole optimizer update. And detached
             float64 scalars under `sum_names`, each summed over the unmasked tokens.
         """
-        assert stats.student_logprob is not None and stats.teacher_logprob is not None
+        assert stats.student_logprob is not None
         mask_N = mask_T[positions_N]
         old_N = stats.student_logprob.detach() if old_logprob_N is None else old_logprob_N
-        gap_N = (stats.teacher_logprob - old_N).where(mask_N, 0.0)
+        # Where the gaps are not known nothing reads them.
+        teacher_N = old_N if stats.teacher_logprob is None else stats.teacher_logprob
+        gap_N = (teacher_N - old_N).where(mask_N, 0.0)
         reward_N = gap_N
         if self.sampled:
             shaping = vars(self.shaping)
             reward_N = shaped_reward(
-                stats.teacher_logprob, old_N, reference_logprob_N=reference_logprob_N, **shaping
+                teacher_N, old_N, reference_logprob_N=reference_logprob_N, **shaping
             ).where(mask_N, 0.0)
         weights_N, returns_N = self._along_responses(
             torch.stack([gap_N, reward_N]), positions_N, mask_T, cu_seqlens, progress, group
@@ -194,6 +214,7 @@ class Objective:
         values |= {
             "loss": weights_N.double() * estimator_N.detach().double(),
             "reverse_kl": stats.reverse_kl,
+            "reverse_kl_sampled": -gap_N,
             "weight": weights_N,
             "log_gap": gap_N,
             "abs_log_gap": gap_N.abs(),

@@ -15,7 +15,8 @@ class TokenStats:
     given target tokens under softmax(logits / temperature); they are None where no targets were given, the
     entropies where none were asked for, the exact reverse KL where the teacher gave less than all its logits,
     the masses where the support is the whole vocabulary. All but the first two are detached. Where both models were
-    restricted to the ids that sampling kept, everything is of the restricted distributions.
+    restricted to the ids that sampling kept, everything is of the restricted distributions. Where the teacher gave
+    log-probabilities of the sampled tokens only, the divergence is their estimate of reverse KL, without a gradient.
     """
 
     divergence: Tensor  # differentiable in the student

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_opd.config.schema import Config
+from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Objective
@@ -101,6 +102,11 @@ class Setting:
         """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
         from what only its data and run directory can show."""
         checked = check_models(config, processes)
+        if checked.teacher is None:
+            raise UserError(
+                "teacher.engine: what servers take is not planned: set it to megatron to plan the run with a teacher "
+                "on its own processes"
+            )
         check_offload(config, gpu=kernels != "cpu", engine=kernels == "transformer-engine")
         layout = layout_of(checked.parallel)
         return cls(

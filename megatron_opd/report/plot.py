@@ -13,6 +13,11 @@ from megatron_opd.errors import UserError
 from megatron_opd.report.metrics import METRICS_FILE, read_metrics
 
 TRAIN, HELDOUT, INK, MUTED = "#4477aa", "#cc3311", "#222222", "#777777"
+DISTANCES = {  # metric -> axis; the first that a run has is drawn
+    "reverse_kl": "reverse KL (nats per token)",
+    "reverse_kl_sampled": "reverse KL, from sampled tokens (nats per token)",
+    "topk_divergence": "divergence on the support (nats per token)",
+}
 PHASES = (  # metric, label, colour
     ("rollout_seconds", "rollout", "#4477aa"),
     ("teacher_seconds", "teacher", "#ddaa33"),
@@ -25,16 +30,19 @@ def plot_curve(run_dir: Path) -> Path:
     """Draw `run_dir/curve.png` and return its path.
 
     Above: reverse KL on the training prompts of every step and on held-out prompts at evaluations, both on
-    the student's own rollouts. Below: the gradient norm, and where the seconds of a step go. Raises UserError
-    when there is nothing to draw.
+    the student's own rollouts; with a teacher behind servers its estimate, or the divergence on the support. Below:
+    the gradient norm, and where the seconds of a step go. Raises UserError when there is nothing to draw.
     """
     rows = read_metrics(run_dir)
-    if not any("reverse_kl" in row or "eval/reverse_kl" in row for row in rows):
+    distance = next(
+        (name for name in DISTANCES if any(name in row or f"eval/{name}" in row for row in rows)), None
+    )
+    if distance is None:
         raise UserError(f"{run_dir / METRICS_FILE}: holds no reverse_kl yet; train at least one step first")
     figure = Figure(figsize=(9, 6.5), layout="constrained", dpi=150)
     canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, height_ratios=(2.2, 1))
-    _draw_reverse_kl(figure.add_subplot(grid[0, :]), rows)
+    _draw_distance(figure.add_subplot(grid[0, :]), rows, distance)
     _draw_grad_norm(figure.add_subplot(grid[1, 0]), rows)
     _draw_seconds(figure.add_subplot(grid[1, 1]), rows)
     path = run_dir / "curve.png"
@@ -50,8 +58,8 @@ def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _draw_reverse_kl(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    steps, values = _series(rows, "reverse_kl")
+def _draw_distance(axes: Axes, rows: list[dict[str, Any]], name: str) -> None:
+    steps, values = _series(rows, name)
     crowded = len(steps) > 60
     axes.plot(
         steps,
@@ -62,7 +70,7 @@ def _draw_reverse_kl(axes: Axes, rows: list[dict[str, Any]]) -> None:
         markersize=3,
         label="training prompts",
     )
-    held_steps, held_values = _series(rows, "eval/reverse_kl")
+    held_steps, held_values = _series(rows, f"eval/{name}")
     if held_steps:
         axes.plot(
             held_steps,
@@ -84,11 +92,12 @@ def _draw_reverse_kl(axes: Axes, rows: list[dict[str, Any]]) -> None:
                 textcoords="offset points",
                 ha="right" if right else "left",
             )
-    axes.set_ylim(0, 1.08 * max([*values, *held_values, 1e-6]))
+    drawn = [0.0, *values, *held_values]
+    axes.set_ylim(1.08 * min(drawn), 1.08 * max(*drawn, 1e-6))
     axes.set_title(
         "Distance of the student from its teacher, on the student's own rollouts", loc="left", color=INK
     )
-    _label(axes, "reverse KL (nats per token)")
+    _label(axes, DISTANCES[name])
     axes.legend(frameon=False)
 
 

@@ -67,8 +67,8 @@ class TrainingProgress:
             self._bar.stop()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Step `step` (1-based) is done; `metrics` is its row: `loss`, `reverse_kl`, `tokens` are shown if
-        there."""
+        """Step `step` (1-based) is done; `metrics` is its row: `loss`, `reverse_kl` or its estimate and
+        `tokens` are shown if there."""
         now = self._clock()
         wall = now - self._updated
         phases = [value for name, value in metrics.items() if name.endswith("_seconds")]
@@ -92,7 +92,11 @@ class TrainingProgress:
     def _numbers(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [
             f"{name} {metrics[key]:.4f}"
-            for name, key in (("loss", "loss"), ("reverse_kl", "reverse_kl"))
+            for name, key in (
+                ("loss", "loss"),
+                ("reverse_kl", "reverse_kl"),
+                ("reverse_kl", "reverse_kl_sampled"),
+            )
             if key in metrics
         ]
         if "tokens" in metrics and self._step_seconds[-1] > 0:

@@ -14,6 +14,10 @@ from megatron_opd.report.plot import plot_curve
 from megatron_opd.report.progress import TrainingProgress
 
 SAMPLES = 16  # rollouts kept of each step
+HELDOUT = {
+    "eval/reverse_kl": "held-out reverse KL",
+    "eval/reverse_kl_sampled": "held-out reverse KL, estimated from sampled tokens",
+}
 
 
 class RunLog:
@@ -72,24 +76,24 @@ class RunLog:
             self._progress.update(step, values)
         if values.get("skipped"):
             self.say(f"step {step}: update skipped (gradient norm not finite, or no response tokens)")
-        if "eval/reverse_kl" in values:
-            self.say(f"step {step}: held-out reverse KL {values['eval/reverse_kl']:.4f} nats/token")
+        for name, what in HELDOUT.items():
+            if name in values:
+                self.say(f"step {step}: {what} {values[name]:.4f} nats/token")
 
     def summarise(self, *, checkpoint: Path, export: Path | None) -> None:
         """Draw the curve and print what the run achieved and where its outputs are."""
         if not self.enabled:
             return
         rows = read_metrics(self.run_dir)
-        heldout = [row["eval/reverse_kl"] for row in rows if row.get("eval/reverse_kl") is not None]
-        if len(heldout) > 1:
-            self.say(
-                f"held-out reverse KL: {heldout[0]:.3f} before, {heldout[-1]:.3f} after (nats per token)"
-            )
+        for name, what in HELDOUT.items():
+            heldout = [row[name] for row in rows if row.get(name) is not None]
+            if len(heldout) > 1:
+                self.say(f"{what}: {heldout[0]:.3f} before, {heldout[-1]:.3f} after (nats per token)")
         skipped = sum(row.get("skipped", 0) for row in rows)
         if skipped:
             self.say(f"skipped updates: {skipped}")
         curve = None
-        if any(row.get("reverse_kl") is not None for row in rows):
+        if any(row.get("loss") is not None for row in rows):
             with self._writing():
                 curve = plot_curve(self.run_dir)
         else:

@@ -24,6 +24,7 @@ FIRST_REST, LONGEST_REST = 0.25, 15.0  # seconds; doubled with each failure in a
 KEEP_ALIVE = 3.0  # seconds an idle connection is kept; SGLang closes them after 5
 CONNECT_TIMEOUT = 10.0  # seconds
 PROBE_TIMEOUT = 30.0  # seconds; SGLang's own health check gives up after 20
+ANY_WEIGHTS = ""  # as a version: whichever weights a server has
 
 
 class BadReply(Exception):
@@ -45,7 +46,7 @@ class Replicas:
 
     At most `concurrency` requests are in flight at a server; one that takes longer than `request_timeout` seconds has
     failed. When no server has worked for `outage_timeout` seconds, requests fail. `first` is where ties begin: clients
-    that start together then begin with different servers.
+    that start together then begin with different servers. Errors begin with `key`, the section of the configuration.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class Replicas:
         request_timeout: float = 1800.0,
         outage_timeout: float = 600.0,
         first: int = 0,
+        key: str = "rollout.sglang",
     ) -> None:
         first %= len(urls)
         self.replicas = [Replica(url) for url in (*urls[first:], *urls[:first])]
         self._concurrency, self._outage_timeout = concurrency, outage_timeout
+        self._key = key
         self._working = time.monotonic()  # when a server was last known to work
         self._changed = asyncio.Event()  # set, and replaced, whenever a waiting request should look again
         self._probes: set[asyncio.Task[None]] = set()
@@ -113,9 +116,7 @@ class Replicas:
         except httpx.HTTPError as error:
             raise BadReply(str(error) or type(error).__name__) from None
         if response.status_code in (400, 401, 403, 404, 422):
-            raise UserError(
-                f"rollout.sglang: {url}{path} refuses ({response.status_code}): {_reason(response)}"
-            )
+            raise UserError(f"{self._key}: {url}{path} refuses ({response.status_code}): {_reason(response)}")
         if response.status_code != 200:
             raise BadReply(f"status {response.status_code}: {_reason(response)}")
         try:
@@ -156,7 +157,7 @@ class Replicas:
                 self._look_again()
         assert failed is not None
         raise UserError(
-            f"rollout.sglang: {ATTEMPTS} attempts to draw one response failed, the last at {failed.url}: {trouble}"
+            f"{self._key}: {ATTEMPTS} attempts of one request failed, the last at {failed.url}: {trouble}"
         )
 
     async def _least_loaded(self, but_not: Replica | None) -> Replica:
@@ -181,7 +182,7 @@ class Replicas:
     def _outage(self) -> str:
         troubles = "; ".join(f"{replica.url}: {replica.trouble}" for replica in self.replicas)
         return (
-            f"rollout.sglang: none of {len(self.replicas)} servers has worked for {self._outage_timeout:g} s "
+            f"{self._key}: none of {len(self.replicas)} servers has worked for {self._outage_timeout:g} s "
             f"({troubles}): see the logs in run_dir/servers, then resume"
         )
 
@@ -220,7 +221,9 @@ class Replicas:
         except (httpx.HTTPError, BadReply, UserError) as error:
             return str(error) or type(error).__name__
         found = info.get("weight_version") if isinstance(info, dict) else None
-        return "" if version == found else f"it has the weights {found!r} instead of {version!r}"
+        return (
+            "" if version in (ANY_WEIGHTS, found) else f"it has the weights {found!r} instead of {version!r}"
+        )
 
 
 def _reason(response: httpx.Response) -> str:

@@ -45,6 +45,7 @@ class ServerSettings:
     start_timeout: float  # seconds from start to the first answer
     host: str = "127.0.0.1"
     arguments: tuple[str, ...] = ()  # further arguments of sglang.launch_server
+    key: str = "rollout.sglang"  # section of the configuration, which errors name
 
 
 @dataclass
@@ -201,8 +202,8 @@ class Servers:
             seconds = time.monotonic() - began
             if seconds > self._settings.start_timeout and not all(server.ready for server in waiting):
                 raise UserError(
-                    f"rollout.sglang.outage_timeout: an SGLang server does not answer after {seconds:.0f} s; it said "
-                    f"last: {last_line(waiting[0].log)} (log: {waiting[0].log})"
+                    f"{self._settings.key}.outage_timeout: an SGLang server does not answer after {seconds:.0f} s; it "
+                    f"said last: {last_line(waiting[0].log)} (log: {waiting[0].log})"
                 )
             if time.monotonic() - spoken > PROGRESS_EVERY:
                 spoken = time.monotonic()
@@ -214,7 +215,7 @@ class Servers:
         code = server.process.poll()
         if code is not None:
             raise UserError(
-                f"rollout.sglang: an SGLang server ended with exit code {code} while it started: "
+                f"{self._settings.key}: an SGLang server ended with exit code {code} while it started: "
                 f"{last_line(server.log)} (log: {server.log})"
             )
 

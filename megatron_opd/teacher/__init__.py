@@ -1,5 +1,10 @@
 """Teachers: they score every token of the rollouts.
 
-`megatron` is the colocated, forward-only Megatron teacher, `host_weights` where its weights wait for their next use. A
-teacher may import models, parallel and data; nothing of training or rollout.
+- `megatron`: the colocated, forward-only Megatron teacher; `host_weights`: where its weights wait for their next use.
+- `sglang`: the teacher behind SGLang servers; `score_requests`: what they are asked, and what their replies say;
+  `contract`: whether they serve the model that they should.
+- `payload`: what a teacher is, and what it hands to the objective.
+
+A teacher may import models, parallel, data and objectives, and of rollout the way to SGLang servers (`replicas`);
+nothing of training.
 """

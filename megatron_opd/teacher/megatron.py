@@ -10,7 +10,6 @@ Shapes: T tokens of a microbatch, N its loss positions, D the teacher's hidden s
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +23,7 @@ from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.teacher.host_weights import HostWeights
-
-
-@dataclass(frozen=True)
-class TeacherPayload:
-    """What the teacher says about one microbatch: its final-norm hidden states [N, D] at the loss positions."""
-
-    hidden_ND: Tensor
+from megatron_opd.teacher.payload import HiddenStates, TeacherPayload
 
 
 class MegatronTeacher:
@@ -56,20 +49,21 @@ class MegatronTeacher:
         """Inside, the whole model can be run."""
         return nullcontext() if self._offloaded is None else self._offloaded.on_device()
 
-    def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherPayload | None]:
+    def score(self, microbatches: Sequence[Microbatch]) -> list[HiddenStates | None]:
         """One payload a microbatch on the last pipeline stage, None on the others.
 
         Collectives: those of a forward pass in the teacher's layout. Memory kept: N * D numbers.
         """
         with self.resident():
             hidden = final_hidden_states(self.chunks, microbatches, self.groups)
-        return [None if hidden_ND is None else TeacherPayload(hidden_ND) for hidden_ND in hidden]
+        return [None if hidden_ND is None else HiddenStates(hidden_ND) for hidden_ND in hidden]
 
-    def logits(self, payload: TeacherPayload, *, chunked: bool) -> Tensor | LinearLogits:
+    def distribution(self, payload: TeacherPayload, *, chunked: bool) -> Tensor | LinearLogits:
         """The teacher's logits [N, V/TP] for the token ids of this rank's shard, computed here or, `chunked`, later.
 
         Last stage only, no collectives.
         """
+        assert isinstance(payload, HiddenStates)
         if chunked:
             return LinearLogits(payload.hidden_ND, self.chunks[-1].head_weight)
         with torch.no_grad():

@@ -2,9 +2,10 @@
 
 - `student`: the trained model with its DDP wrapper, optimizer and learning-rate schedule.
 - `update`: microbatches and teacher payloads -> loss, gradients, one optimizer step, statistics.
-- `score`: log-probabilities of the sampled tokens under a model as it is now.
+- `score`: log-probabilities of the sampled tokens, or likeliest ids, under a model as it is now.
 - `router_metrics`: how evenly a student with experts used them.
-- `job`: config -> the objects of a run (groups, student, teacher, engine, prompts).
+- `job`: config -> the objects of a run (groups, student, teacher, engine, prompts); `models`: its models.
+- `serving`, `teaching`: the SGLang servers of a run, those that draw and those of the teacher.
 
 Only `train` and the command line import from here.
 """

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_opd.checkpoint.folders import hold
 from megatron_opd.checkpoint.store import CheckpointStore
-from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.config.schema import Config, ParallelConfig
 from megatron_opd.data.loss_mask import LossMask, build_loss_mask
 from megatron_opd.data.packing import Microbatch, pack
@@ -25,9 +24,9 @@ from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, load_
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
-from megatron_opd.models.architecture import Architecture
+from megatron_opd.models.architecture import Architecture, ServedModel
 from megatron_opd.models.attention import uses_transformer_engine
-from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
+from megatron_opd.models.gpt import DTYPES, GPT
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
@@ -37,7 +36,10 @@ from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.training.score import sampled_logprobs
+from megatron_opd.teacher.payload import TeacherPayload
+from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.training.models import load_models
+from megatron_opd.training.score import likeliest_ids, sampled_logprobs
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.update import ObjectivePass, Outcome, Update, UpdateScale
 
@@ -65,7 +67,8 @@ class Job:
     device: torch.device
     architecture: Architecture
     student: Student
-    teacher: MegatronTeacher
+    teacher: MegatronTeacher | SGLangTeacher
+    served: ServedModel | None  # what a teacher behind servers is
     reference: MegatronTeacher | None
     objective: ObjectivePass
     engine: RolloutEngine
@@ -120,7 +123,7 @@ class Job:
             if update.scale.loss_tokens > 0:
                 update = replace(
                     update,
-                    payloads=self.teacher.score(update.microbatches),
+                    payloads=self.teacher_payloads(update),
                     old_logprobs=self._old_logprobs(update) if number > 0 else None,
                     reference_logprobs=self._reference_logprobs(update),
                     moved=number > 0,
@@ -145,6 +148,23 @@ class Job:
         ]
         return Update(mine, UpdateScale.of(packed), [None] * len(mine))
 
+    def teacher_payloads(self, update: Update) -> Sequence[TeacherPayload | None]:
+        """What the teacher says of an update: all of it, or what the objective reads and servers give."""
+        section = self.config.objective
+        if not isinstance(self.teacher, SGLangTeacher) or not section.support.startswith("student_topk"):
+            return self.teacher.score(update.microbatches)
+        student = self.student
+        ids = likeliest_ids(
+            student.ddps,
+            student.chunks[-1],
+            update.microbatches,
+            self.groups,
+            k=section.k,
+            vocab_size=self.texts.vocab_size,
+            chunk_size=section.head_chunk,
+        )
+        return self.teacher.score(update.microbatches, ids)
+
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if not self.objective.objective.reads_old_logprobs:
             return None
@@ -164,13 +184,22 @@ class Job:
         sums = self.objective.run(self.student.ddps, update, progress=progress)
         return Outcome(sums, *self.student.apply_gradients())
 
-    def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[float, int]:
-        """(nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare."""
+    def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[str, float, int]:
+        """(name, nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare.
+
+        Of a teacher behind servers the distribution is not known, and `reverse_kl_sampled` is its estimate from the
+        sampled tokens: the mean of log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
+        """
         heldout = self.packed(rollouts)
         heldout = replace(heldout, payloads=self.teacher.score(heldout.microbatches))
-        plain = replace(self.objective, objective=Objective(temperature=self.config.rollout.temperature))
+        temperature = self.config.rollout.temperature
+        name, measure = "reverse_kl", Objective(temperature=temperature)
+        if self.served is not None:
+            name = "reverse_kl_sampled"
+            measure = Objective("policy_gradient", temperature=temperature, served=True)
+        plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)
-        return sums["reverse_kl"] / heldout.scale.loss_tokens, heldout.scale.loss_tokens
+        return name, sums[name] / heldout.scale.loss_tokens, heldout.scale.loss_tokens
 
     def _logprobs(
         self, chunks: Sequence[torch.nn.Module], gpt: GPT, microbatches: Sequence[Microbatch]
@@ -210,7 +239,7 @@ def set_up(config: Config) -> Job:
     """
     check_offload(config)
     checked = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
-    texts = read_texts(config, min(arch.vocab_size for arch in checked.architectures))
+    texts = read_texts(config, checked.vocab_size)
     layout = layout_of(checked.parallel)
     if os.environ.get("RANK", "0") == "0":
         hold(config.run_dir)
@@ -242,6 +271,7 @@ def set_up(config: Config) -> Job:
         architecture=checked.student,
         student=student,
         teacher=teacher,
+        served=checked.served,
         reference=reference,
         objective=objective,
         engine=SGLangEngine(texts.vocab_size, groups.mp)
@@ -284,43 +314,6 @@ def checkpoint_store(
             "optimizer.name": config.optimizer.name,
         },
     )
-
-
-def load_models(
-    config: Config,
-    checked: Checked,
-    layout: ParallelLayout,
-    groups: ProcessGroupCollection,
-    device: torch.device,
-) -> tuple[list[GPT], MegatronTeacher, MegatronTeacher | None]:
-    """Student, teacher and, where there is one, reference with their weights, in one layout.
-
-    All vocabularies are padded to the same size.
-    """
-    padded = checked.padded_vocab_size
-
-    def load(arch: Architecture, folder: Path, recompute: str = "none") -> list[GPT]:
-        chunks = build_gpt(
-            arch,
-            layout,
-            groups,
-            precision=config.precision,
-            padded_vocab_size=padded,
-            recompute=recompute,
-        )
-        load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
-        return [chunk.to(device) for chunk in chunks]
-
-    teacher = MegatronTeacher(
-        load(checked.teacher, config.teacher.path), groups, offload=config.teacher.offload
-    )
-    reference = None
-    if config.reference is not None and checked.reference is not None:
-        reference = MegatronTeacher(
-            load(checked.reference, config.reference.path), groups, offload=config.reference.offload
-        )
-    trained = checked.student.with_aux_loss(config.training.moe_aux_loss)
-    return load(trained, config.student.path, config.training.recompute), teacher, reference
 
 
 def read_texts(config: Config, vocab_size: int) -> Texts:

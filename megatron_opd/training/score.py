@@ -1,7 +1,7 @@
-"""Log-probabilities of the sampled tokens under a model as it is now: one forward pass without gradients.
+"""What a model as it is now says of the rollouts, in one forward pass without gradients.
 
 The reference policy of a shaped reward is scored so, and the student before several updates on one batch of
-rollouts. Shapes: N loss positions of a microbatch.
+rollouts. Shapes: N loss positions of a microbatch, K ids.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.models.gpt import GPT
-from megatron_opd.objectives import LinearLogits, sampled_logprob
+from megatron_opd.objectives import LinearLogits, likeliest, sampled_logprob
 from megatron_opd.teacher.megatron import final_hidden_states
 
 
@@ -51,3 +51,29 @@ def sampled_logprobs(
             )
             scores.append(score_N)
     return scores
+
+
+def likeliest_ids(
+    chunks: Sequence[torch.nn.Module],
+    gpt: GPT,
+    microbatches: Sequence[Microbatch],
+    groups: ProcessGroupCollection,
+    *,
+    k: int,
+    vocab_size: int,
+    chunk_size: int | None,
+) -> list[Tensor | None]:
+    """The `k` likeliest ids [N, K] int64 at each loss position; otherwise as `sampled_logprobs`."""
+    with torch.no_grad():
+        return [
+            None
+            if hidden_NH is None
+            else likeliest(
+                LinearLogits(hidden_NH, gpt.head_weight),
+                k,
+                vocab_size=vocab_size,
+                group=groups.tp,
+                chunk_size=chunk_size,
+            )
+            for hidden_NH in final_hidden_states(chunks, microbatches, groups)
+        ]

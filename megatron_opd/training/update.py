@@ -24,7 +24,7 @@ from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits, Objective, TokenStats
 from megatron_opd.parallel.schedule import run_schedule
-from megatron_opd.teacher.megatron import MegatronTeacher, TeacherPayload
+from megatron_opd.teacher.payload import Teacher, TeacherPayload
 from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, step_agreement
 
 
@@ -78,7 +78,7 @@ class ObjectivePass:
     """The objective, the teacher and the student's model and groups: what a pass over microbatches needs."""
 
     gpt: GPT  # the student's last chunk of this rank: on the last stage it has the LM head
-    teacher: MegatronTeacher
+    teacher: Teacher
     objective: Objective
     vocab_size: int  # real vocabulary common to student and teacher
     groups: ProcessGroupCollection
@@ -172,7 +172,7 @@ class ObjectivePass:
         try:
             return self.objective.token_stats(
                 student_logits(self.gpt, hidden_T1H, positions_N, self.groups, chunked=chunked),
-                self.teacher.logits(payload, chunked=chunked),
+                self.teacher.distribution(payload, chunked=chunked),
                 microbatch.targets_T[positions_N],
                 rollout_logprob_N=drawn_logprob_N,
                 vocab_size=self.vocab_size,

@@ -38,8 +38,19 @@ def full_row(step):
             (3, full_row(3)),
         ],
         [(1, full_row(1)), (2, {"tokens": 0, "skipped": 1, "rollout_seconds": 1.0})],
+        [(0, {"eval/reverse_kl_sampled": 0.5}), (1, {"reverse_kl_sampled": -0.1, "grad_norm": 1.0})],
+        [(1, {"topk_divergence": 0.5, "grad_norm": 1.0}), (2, {"topk_divergence": 0.4, "grad_norm": 1.0})],
     ],
-    ids=["whole run", "evaluation only", "one step", "zeros", "a bad step", "a skipped step"],
+    ids=[
+        "whole run",
+        "evaluation only",
+        "one step",
+        "zeros",
+        "a bad step",
+        "a skipped step",
+        "an estimate below zero",
+        "a support only",
+    ],
 )
 def test_the_picture_is_drawn(tmp_path, rows):
     write(tmp_path, rows)

@@ -44,6 +44,18 @@ def test_a_sound_disk_takes_everything(tmp_path: Path) -> None:
     assert {"metrics.jsonl", "rollouts/step_00000001.jsonl", "curve.png"} <= written
 
 
+def test_what_a_served_teacher_lets_one_know_is_told_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_log(tmp_path) as log:
+        log.record(0, {"eval/reverse_kl_sampled": 0.75})
+        log.record(1, {"loss": 1.0, "topk_divergence": 0.5, "eval/reverse_kl_sampled": 0.25}, [ROLLOUT])
+        log.summarise(checkpoint=tmp_path / "latest", export=None)
+    said = capsys.readouterr().out
+    assert "held-out reverse KL, estimated from sampled tokens: 0.750 before, 0.250 after" in said
+    assert (tmp_path / "curve.png").is_file() and "no step had a token" not in said
+
+
 def test_a_full_disk_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     monkeypatch.setattr("megatron_opd.report.metrics.os.fsync", no_space)

@@ -38,6 +38,7 @@ def scored(layout: ParallelLayout, models: Path) -> dict[str, Any]:
     """Payloads of the same teacher, offloaded and not, and which of its weights moved for scoring."""
     run = build_run(layout, models)
     plain = run.objective.teacher
+    assert isinstance(plain, MegatronTeacher)
     microbatches = pack(recorded_rollouts(9), dp_size=1, token_budget=96)[0]
     expected = plain.score(microbatches)
     offloaded = MegatronTeacher(plain.chunks, run.groups, offload=True)

@@ -33,6 +33,7 @@ from megatron_opd.parallel.groups import build_groups
 from megatron_opd.plan.memory import StageMemory, stage_memory
 from megatron_opd.plan.setting import Setting
 from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.teacher.payload import HiddenStates
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
 from tools.bench.measure import peak_extra
@@ -208,9 +209,10 @@ def measured(built: Built, update: Update) -> Measured:
     """Bytes of this rank in an update, which it runs, that is not the first. Collective."""
     peak = peak_extra(partial(built.update, update))
     student, teacher = built.student, built.objective.teacher
+    assert isinstance(teacher, MegatronTeacher)
     weights = [parameter.data for chunk in student.chunks for parameter in chunk.parameters()]
     buffers = [buffer for ddp in student.ddps for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
-    payloads = [payload.hidden_ND for payload in update.payloads if payload is not None]
+    payloads = [payload.hidden_ND for payload in update.payloads if isinstance(payload, HiddenStates)]
     return Measured(
         stage=built.objective.groups.pp.rank(),
         weights=held_bytes(weights),

@@ -1,0 +1,61 @@
+"""Conditions between the keys of SGLang servers, those of the rollouts and those of a teacher."""
+
+from megatron_opd.config.rollout import SGLangConfig
+from megatron_opd.config.schema import Config, TeacherConfig
+from megatron_opd.errors import UserError
+
+OWNED_ARGUMENTS = {
+    "--api-key",
+    "--config",
+    "--context-length",
+    "--dtype",
+    "--host",
+    "--json-model-override-args",
+    "--model",
+    "--model-path",
+    "--port",
+    "--sampling-mask-max-tokens",
+    "--weight-version",
+}
+"""Arguments of sglang.launch_server that follow from the rest of the configuration."""
+
+
+def check_servers(section: str, served: SGLangConfig) -> None:
+    """Servers are started or running already, and the keys are of the one or the other. Raises UserError."""
+    if (served.python is None) == (not served.urls):
+        raise UserError(
+            f"{section}: give either python, the interpreter of an environment with SGLang, or urls of running servers"
+        )
+    for key in ("servers", "host", "arguments"):
+        if served.urls and getattr(served, key) != getattr(SGLangConfig(), key):
+            raise UserError(
+                f"{section}.{key}: of servers that the run starts, and urls has others: remove one"
+            )
+    owned = sorted(set(word.partition("=")[0] for word in served.arguments) & OWNED_ARGUMENTS)
+    if owned:
+        raise UserError(f"{section}.arguments: {owned[0]} is set by the run: remove it")
+
+
+def check_teacher(config: Config) -> None:
+    """The engine of the teacher reads its own keys only; servers score at temperature 1. Raises UserError."""
+    teacher = config.teacher
+    if teacher.engine == "megatron":
+        for key in ("sglang", "request_tokens"):
+            if getattr(teacher, key) != TeacherConfig.model_fields[key].default:
+                raise UserError(
+                    f"teacher.{key}: the engine megatron does not read it: set teacher.engine to sglang"
+                )
+        return
+    check_servers("teacher.sglang", teacher.sglang)
+    if teacher.offload:
+        raise UserError("teacher.offload: with teacher.engine sglang nothing of it is here: set it to false")
+    if config.objective.support.startswith("student_topk") and config.training.updates_per_rollout > 1:
+        raise UserError(
+            "training.updates_per_rollout: servers score the student's likeliest ids before the first update only: set "
+            "it to 1, or objective.support to teacher_topk"
+        )
+    if config.evaluation.prompts is not None and config.rollout.temperature != 1:
+        raise UserError(
+            "evaluation.prompts: servers score at temperature 1, and the held-out responses are drawn at "
+            f"{config.rollout.temperature:g}: leave it null, or set rollout.temperature to 1"
+        )
