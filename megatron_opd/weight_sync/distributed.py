@@ -110,8 +110,7 @@ class _Group:
         }
         offsets = accumulate((shards[url] for url in self._urls), initial=1)
         bodies = {
-            url: {**settings, "rank_offset": offset}
-            for url, offset in zip(self._urls, offsets, strict=False)
+            url: {**settings, "rank_offset": offset} for url, offset in zip(self._urls, offsets, strict=False)
         }
         # Servers that wait for one that died are freed when the store ends: the thread holds the last reference.
         joining = self._thread.submit(self._make, [store], world_size)

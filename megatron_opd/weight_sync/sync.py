@@ -105,7 +105,9 @@ class WeightSync:
         if dist.get_rank() == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _on_rank_0(self, act: Callable[Concatenate["WeightSync", P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def _on_rank_0(
+        self, act: Callable[Concatenate["WeightSync", P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
         """What `act` returns on rank 0, or the error it raises there, on every rank. Collective over WORLD."""
         outcome: list[Any] = [None]
         with alike(dist.group.WORLD):

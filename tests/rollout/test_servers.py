@@ -133,7 +133,8 @@ def test_the_dead_and_the_hanging_are_restarted_but_not_for_ever(
         (tmp_path / "sick").unlink()
         wait_for(said, "is back")
         assert servers.urls == [url]
-        with servers.updating(tmp_path / "newer", "8"):
+        with servers.updating():
+            servers.load_from(tmp_path / "newer", "8")
             servers.restart(url)
         wait_for(said, "ended with exit code 143; restarting")
         deadline = time.monotonic() + 60
