@@ -84,14 +84,19 @@ class _Group:
         flat = torch.cat([tensor.to(self._device).reshape(-1).view(torch.uint8) for _, tensor in bucket])
         sending = self._thread.submit(self._broadcast, flat)
         troubles = troubles_of(self._ask("/update_weights_from_distributed", dict.fromkeys(taking, body)))
+        if troubles:
+            self._dismiss_servers()  # which ends a broadcast that one of them has not joined
         return self._all_or_none(troubles, sending)
 
     def destroy(self) -> None:
         """End the group here and in the servers."""
         if self._group is not None:
-            body = {"group_name": self._name}
-            self._ask("/destroy_weights_update_group", dict.fromkeys(self._urls, body))
+            self._dismiss_servers()
             dist.destroy_process_group(self._group)
+
+    def _dismiss_servers(self) -> None:
+        body = {"group_name": self._name}
+        self._ask("/destroy_weights_update_group", dict.fromkeys(self._urls, body))
 
     def _join(self) -> dict[str, Trouble]:
         """Make the group: rank 0 first, then each server's processes."""

@@ -159,13 +159,15 @@ def test_greedy_responses_are_those_of_the_folder_itself(
     assert [each.response_ids for each in rollouts] != [each.response_ids for each in before]
 
 
-def push_cut_short(model: Path, url: str, folder: Path, make: Make, times: int) -> None:
+def push_cut_short(
+    model: Path, url: str, folder: Path, make: Make, times: int, outage_timeout: float
+) -> None:
     """Push version 5 by a transport that breaks off `times` times."""
 
     def cut(folder: Path) -> Transport:
         return CutShort(make(folder), times)
 
-    push_and_draw(model, ParallelLayout(), [url], folder, cut, (5,), outage_timeout=5.0)
+    push_and_draw(model, ParallelLayout(), [url], folder, cut, (5,), outage_timeout=outage_timeout)
 
 
 def version_and_sums(served: SGLangServer) -> tuple[str, dict[str, Any]]:
@@ -184,7 +186,7 @@ def checksums(model: Path) -> dict[str, str]:
 def test_an_update_that_is_cut_short_is_begun_again(
     gloo: GlooPools, served: SGLangServer, tmp_path: Path, make: Make
 ) -> None:
-    gloo(1, push_cut_short, served.models[1], served.url, tmp_path / "weights", make, 1)
+    gloo(1, push_cut_short, served.models[1], served.url, tmp_path / "weights", make, 1, 60.0)
     version, sums = version_and_sums(served)
     assert version == "5"
     check_servers(sums, checksums(served.models[1]))
@@ -192,7 +194,7 @@ def test_an_update_that_is_cut_short_is_begun_again(
 
 def test_mixed_weights_have_no_version(gloo: GlooPools, served: SGLangServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no server takes the weights 5; http.*: cut"):
-        gloo(1, push_cut_short, served.models[1], served.url, tmp_path / "weights", tensor, 99)
+        gloo(1, push_cut_short, served.models[1], served.url, tmp_path / "weights", tensor, 99, 3.0)
     version, sums = version_and_sums(served)
     assert version == "5, incomplete"
     for model in served.models:
