@@ -189,14 +189,19 @@ def published(inputs: Path, run_dir: Path, heldout: bool) -> list[int]:
 
     @contextmanager
     def serving(job: Job, say: Any) -> Iterator[Any]:
-        yield lambda step: steps.append(step) or 0.0
+        def publish(step: int) -> float:
+            steps.append(step)
+            return 0.0
+
+        yield publish
 
     changes = {} if heldout else {"evaluation__prompts": "null"}
+    job = build(inputs, run_dir, training__steps=2, **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "serving", serving)
         patch.setattr(dist, "destroy_process_group", lambda: None)
-        patch.setattr(training, "set_up", lambda config: build(inputs, run_dir, training__steps=2, **changes))
-        training.train(build(inputs, run_dir, training__steps=2, **changes).config)
+        patch.setattr(training, "set_up", lambda config: job)
+        training.train(job.config)
     return steps
 
 

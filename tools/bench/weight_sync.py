@@ -33,6 +33,7 @@ from megatron_opd.weight_sync.disk import DiskTransport
 from megatron_opd.weight_sync.distributed import DistributedTransport
 from megatron_opd.weight_sync.sync import WeightSync
 from megatron_opd.weight_sync.tensor import TensorTransport
+from megatron_opd.weight_sync.transport import Transport
 
 
 def measure(
@@ -47,7 +48,7 @@ def measure(
     load_model_weights(chunks, arch, model, groups=groups, padded_vocab_size=padded)
     chunks = [chunk.to(device) for chunk in chunks]
     nbytes = sum(tensor.nbytes for _, tensor in export_hf_tensors(chunks, arch, groups))
-    transports = {
+    transports: dict[str, Transport] = {
         "disk": DiskTransport(folder / "disk"),
         "tensor": TensorTransport(),
         "distributed": DistributedTransport(device),
