@@ -35,6 +35,7 @@ def test_a_run_on_served_rollouts_is_killed_and_resumes(inputs, tmp_path):
         inputs,
         run_dir,
         rollout__engine="sglang",
+        rollout__weight_sync="tensor",
         rollout__sglang=served,
         checkpoint__save_every=1,
         training__steps=6,
