@@ -1,11 +1,13 @@
 # make quickstart   distil a small model from start to finish on this machine
+# make sglang-cpu   the same with rollouts and teacher behind SGLang servers (no NVIDIA GPU)
 # make test         lint, format, types and tests
 # make .venv-sglang/.installed
-#                   SGLang on a Linux machine without an NVIDIA GPU (tools/sglang_cpu/README.md); the tests that need a
-#                   server are skipped where it is not
+#                   SGLang on a Linux machine without an NVIDIA GPU (tools/sglang_cpu/README.md)
 #
-# The first two make .venv first. Variables:
-#   PYTHON       the Python (3.11 or 3.12) that .venv is made with
+# The first three make the environments they need first. Variables:
+#   PYTHON       the Python (3.11 or 3.12) that they are made with
+#   MEGATRON_OPD_SGLANG  the interpreter of an environment that has SGLang, for the tests; where it is set, or where there
+#                is an NVIDIA GPU, `make test` makes none of its own
 #   TORCH_INDEX  a pip index URL for torch on a machine without an NVIDIA GPU, such as PyTorch's own index of
 #                CPU builds (see the installation page of pytorch.org). Empty: pip's default index.
 
@@ -18,11 +20,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 
 SGLANG := .venv-sglang
+OWN_SGLANG := $(if $(MEGATRON_OPD_SGLANG)$(shell command -v nvidia-smi),,$(SGLANG)/.installed)
 SGLANG_PIP := $(SGLANG)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full lint format clean
+.PHONY: help quickstart sglang-cpu test test-full lint format clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -30,7 +33,10 @@ help:
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m tools.quickstart
 
-test: lint
+sglang-cpu: $(VENV)/.installed-quickstart $(SGLANG)/.installed
+	$(BIN)/python -m tools.quickstart examples/sglang-cpu/config.yaml
+
+test: lint $(OWN_SGLANG)
 	$(BIN)/python -m pytest
 
 test-full: export MEGATRON_OPD_FULL := 1

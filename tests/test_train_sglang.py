@@ -1,6 +1,5 @@
 """A whole run whose rollouts a real SGLang server draws: killed, it leaves no process behind, and resumes."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -53,18 +52,14 @@ def test_a_run_on_served_rollouts_is_killed_and_resumes(inputs, tmp_path):
         f"http://127.0.0.2:{words[words.index('--port') + 1]}/generate", json={"input_ids": [5]}
     )
     assert stranger.status_code == 401
-    trainer.send_signal(signal.SIGSTOP)  # it starts no more processes, such as those that write a checkpoint
-    started = psutil.Process(trainer.pid).children(recursive=True)
+    started = psutil.Process(trainer.pid).children(
+        recursive=True
+    )  # a writer of a checkpoint may be among them
     assert set(serving) <= set(started)
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
-    _, alive = psutil.wait_procs(serving, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
-    for (
-        process
-    ) in started:  # megatron-core's checkpoint writer outlives a killed trainer, and holds its run_dir
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
     again = run("train", config)
     assert again.returncode == 0, again.stderr

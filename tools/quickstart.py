@@ -1,10 +1,10 @@
 """Distils a small model from start to finish: what `make quickstart` runs.
 
-Usage: python -m tools.quickstart [KEY=VALUE ...]   (from the root of the repository)
+Usage: python -m tools.quickstart [CONFIG.yaml] [KEY=VALUE ...]   (from the root of the repository)
 
 Teacher: SmolLM2-135M-Instruct. Student: the same model with 6 of its 30 layers removed, which babbles.
 Prompts: real questions. Everything that is already there is used again, so a second call goes on where the
-first one stopped.
+first one stopped. Another CONFIG.yaml, such as that of examples/sglang-cpu, trains otherwise on the same inputs.
 """
 
 import json
@@ -38,19 +38,21 @@ QUESTION = "What is the difference between weather and climate?"
 ANSWER_TOKENS = 60
 
 
-def main(overrides: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Prepare, train, summarise; returns the exit code."""
     console = Console(highlight=False, soft_wrap=True)
+    given = arguments[:1] if arguments and arguments[0].endswith(".yaml") else []
+    path, overrides = Path(*given) if given else CONFIG, arguments[len(given) :]
     try:
-        if not CONFIG.is_file():
-            raise UserError(f"{CONFIG}: no such file; run this from the root of the repository")
-        config = load_config(CONFIG, overrides)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; run this from the root of the repository")
+        config = load_config(path, overrides)
         prepare(console)
         already = finished(config)
         if already:
             console.print(f"{config.run_dir} is finished already; to start afresh: rm -r {config.run_dir}")
         else:
-            command = [sys.executable, "-m", "megatron_opd.cli", "train", "--", str(CONFIG), *overrides]
+            command = [sys.executable, "-m", "megatron_opd.cli", "train", "--", str(path), *overrides]
             code = subprocess.run(command, check=False).returncode
             if code != 0:
                 return code

@@ -10,6 +10,7 @@ Nothing random is saved: sampling noise is counter-based and the models have no 
 
 import json
 import os
+import queue
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.checkpoint.checksums import first_damaged_file, write_checksums
@@ -61,6 +63,9 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / STATE).mkdir(parents=True)
         dist.barrier()
+        # megatron-core would have a server process hand its results from this process to itself, and that process
+        # outlives a training that is killed.
+        filesystem_async._results_queue = queue.Queue()
         try:
             dist_checkpointing.save(state, str(aside / STATE))
             if dist.get_rank() == 0:

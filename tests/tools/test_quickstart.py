@@ -124,6 +124,20 @@ def test_a_failed_training_passes_its_exit_code_on(calls, monkeypatch):
     assert commands[0][-3:] == ["--", str(quickstart.CONFIG), "training.steps=3"]
 
 
+def test_another_configuration_is_trained_on_the_same_inputs(calls, monkeypatch, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(quickstart.CONFIG.read_text().replace("runs/quickstart", "runs/other"))
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode=7)
+
+    monkeypatch.setattr(quickstart.subprocess, "run", run)
+    assert quickstart.main([str(other), "seed=3"]) == 7
+    assert commands[0][-3:] == ["--", str(other), "seed=3"] and quickstart.STUDENT_HF.is_dir()
+
+
 def test_bad_input_is_one_line(calls, monkeypatch, capsys):
     def broken(folder):
         raise UserError("the package is not installed")
