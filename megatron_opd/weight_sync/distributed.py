@@ -70,7 +70,10 @@ class _Group:
     def give(self, bucket: Bucket, taking: Sequence[str]) -> dict[str, Trouble]:
         """Broadcast a bucket to all servers; the first makes the group."""
         if self._group is None:
-            troubles = self._join()
+            try:
+                troubles = self._join()
+            except (OSError, dist.DistError) as error:  # an unknown host name, no port to listen at
+                troubles = dict.fromkeys(self._urls, BadReply(f"no process group: {error}"))
             if troubles:
                 return troubles
         body = {
