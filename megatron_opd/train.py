@@ -4,6 +4,7 @@ The embedded rollout engine shares the student's weights; servers are given them
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch.distributed as dist
 from megatron_opd.checkpoint.hf_export import save_hf
 from megatron_opd.config.load import changed_keys, load_config, save_resolved
 from megatron_opd.config.schema import Config
+from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
+from megatron_opd.rollout.replicas import WeightsLost
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
-from megatron_opd.training.serving import serving
+from megatron_opd.training.serving import Publish, serving, unserved
 from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import means_over_tokens
 
@@ -44,12 +47,13 @@ def train(config: Config) -> None:
         if start < steps:
             publish(start)
         if start == 0 and job.texts.heldout:
-            log.record(0, evaluate(job, 0))
+            log.record(0, evaluate(job, 0, publish))
         for step in range(start + 1, steps + 1):
-            metrics, rollouts = train_step(job, step)
-            metrics["sync_seconds"] = publish(step)
+            metrics, rollouts = train_step(job, step, publish)
+            drawing = step < steps or job.texts.heldout  # with the weights of this step
+            metrics["sync_seconds"] = publish(step) if drawing else 0.0
             if job.texts.heldout and due(step, config.evaluation.every, steps):
-                metrics |= evaluate(job, step)
+                metrics |= evaluate(job, step, publish)
             log.record(step, metrics, rollouts)
             warning = alarm(metrics, config.rollout)
             if warning is not None:
@@ -69,12 +73,25 @@ def due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
+def draw(
+    job: Job, publish: Publish, prompts: Sequence[Prompt], *, step: int, seed: int, samples: int
+) -> list[Rollout]:
+    """`Job.draw`, once more if servers were restarted meanwhile without the weights of `step`: they get them again."""
+    try:
+        return job.draw(prompts, step=step, seed=seed, samples=samples)
+    except WeightsLost:
+        publish(step)
+        return job.draw(prompts, step=step, seed=seed, samples=samples)
+
+
+def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[str, Any], list[Rollout]]:
     """Draw rollouts, let the models score them, apply the updates. Returns the step's metrics and rollouts."""
     began = time.perf_counter()
     settings = job.config.rollout
     prompts = job.prompts.take(settings.prompts_per_step)
-    rollouts = job.draw(prompts, step=step - 1, seed=job.config.seed, samples=settings.samples_per_prompt)
+    rollouts = draw(
+        job, publish, prompts, step=step - 1, seed=job.config.seed, samples=settings.samples_per_prompt
+    )
     drawn = time.perf_counter()
     updates = job.score(rollouts)
     scored = time.perf_counter()
@@ -98,14 +115,14 @@ def train_step(job: Job, step: int) -> tuple[dict[str, Any], list[Rollout]]:
     }, rollouts
 
 
-def evaluate(job: Job, step: int) -> dict[str, float]:
+def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
     """Held-out reverse KL in nats per token, on the student's own rollouts from the held-out prompts.
 
     With a teacher behind servers it is an estimate, see `Job.heldout_reverse_kl`.
     """
     began = time.perf_counter()
     seed = job.config.seed + HELDOUT_SEED_OFFSET
-    rollouts = job.draw(job.texts.heldout, step=step, seed=seed, samples=1)
+    rollouts = draw(job, publish, job.texts.heldout, step=step, seed=seed, samples=1)
     name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
     return {
         f"eval/{name}": reverse_kl,

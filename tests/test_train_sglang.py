@@ -34,6 +34,7 @@ def test_a_run_on_served_rollouts_is_killed_and_resumes(inputs, tmp_path):
         inputs,
         run_dir,
         rollout__engine="sglang",
+        rollout__weight_sync="tensor",
         rollout__sglang=served,
         rollout__top_p=0.9,
         objective__kept_ids_only=True,

@@ -73,6 +73,14 @@ def export_hf_tensors(
             yield name, tensor
 
 
+def takes_part(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank is in the first replica (with experts: in the first replicas that hold all of them together).
+
+    An export that only the first rank needs is left to these.
+    """
+    return groups.dp_cp.rank() < math.lcm(groups.tp.size(), groups.ep.size()) // groups.tp.size()
+
+
 def _owners(mine: dict[str, torch.nn.Parameter], groups: ProcessGroupCollection) -> dict[str, _Owner]:
     """Parameter name -> the first pipeline stage and the first expert-parallel rank that hold it."""
     held = {name: _Owner(groups.pp.rank(), groups.ep.rank(), param.dtype) for name, param in mine.items()}
@@ -115,10 +123,7 @@ def save_hf(
     rank alike when `out_folder` exists or cannot be written (disk full).
     """
     error: str | None = None
-    replicas = (
-        math.lcm(groups.tp.size(), groups.ep.size()) // groups.tp.size()
-    )  # that hold all experts together
-    if groups.dp_cp.rank() < replicas:
+    if takes_part(groups):
         tensors = export_hf_tensors(chunks, arch, groups)
         dtype = next(chunks[0].parameters()).dtype
         if groups.mp.rank() == 0 and groups.dp_cp.rank() == 0:

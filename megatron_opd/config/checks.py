@@ -5,7 +5,9 @@ Pure functions of plain values. Each raises UserError with one line that names t
 """
 
 import math
+from ipaddress import ip_address
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.schema import Config, ParallelConfig
@@ -145,15 +147,35 @@ def _check_engine(rollout: RolloutConfig) -> None:
             raise UserError(
                 "rollout.sglang: the engine local reads nothing of it: set rollout.engine to sglang"
             )
+        if rollout.weight_sync != "disk":
+            raise UserError(
+                "rollout.weight_sync: the engine local has the student's weights anyway: remove it, or set "
+                "rollout.engine to sglang"
+            )
         return
     if rollout.max_batch is not None:
         raise UserError("rollout.max_batch: the engine local reads it: use rollout.sglang.concurrency")
     check_servers("rollout.sglang", rollout.sglang)
+    elsewhere = [url for url in rollout.sglang.urls if not _on_this_machine(url)]
+    if rollout.weight_sync == "tensor" and elsewhere:
+        raise UserError(
+            f"rollout.weight_sync: tensor is for servers on this machine, unlike {elsewhere[0]} of "
+            "rollout.sglang.urls: set it to disk or distributed"
+        )
     if rollout.temperature != 1 and (rollout.top_k == 1 or rollout.temperature < 1e-6):
         raise UserError(
             "rollout.temperature: SGLang takes the likeliest token here and reports its log-prob at temperature 1: set "
             "it to 1, and rollout.top_k to 1 for that token"
         )
+
+
+def _on_this_machine(url: str) -> bool:
+    """Whether a URL names the machine by a loopback address."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_optimizer(config: Config) -> None:

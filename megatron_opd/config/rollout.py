@@ -50,6 +50,11 @@ class RolloutConfig(Section):
         description="local: the training processes themselves. sglang: SGLang servers, as the section `sglang` says.",
     )
     sglang: SGLangConfig = SGLangConfig()
+    weight_sync: Literal["disk", "tensor", "distributed"] = Field(
+        "disk",
+        description="How servers get the weights of a step. disk: through a folder in run_dir. tensor: through HTTP, "
+        "on this machine. distributed: through a torch process group. Read by the engine sglang.",
+    )
     prompts_per_step: PositiveInt = Field(
         64, description="Prompts in a step, over all data-parallel replicas."
     )

@@ -5,9 +5,10 @@ are asked for. Everything here runs in one event loop.
 """
 
 import asyncio
+import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from megatron_opd.errors import UserError
 
 Result = TypeVar("Result")
 Request = tuple[dict[str, Any], Callable[[Any], Result]]  # the body, and what makes the answer a result
+Body = dict[str, Any] | bytes | None  # of a POST, bytes if it is JSON already; None: a GET
 
 ATTEMPTS = 5  # of one request, over all servers
 FIRST_REST, LONGEST_REST = 0.25, 15.0  # seconds; doubled with each failure in a row
@@ -25,10 +27,15 @@ KEEP_ALIVE = 3.0  # seconds an idle connection is kept; SGLang closes them after
 CONNECT_TIMEOUT = 10.0  # seconds
 PROBE_TIMEOUT = 30.0  # seconds; SGLang's own health check gives up after 20
 ANY_WEIGHTS = ""  # as a version: whichever weights a server has
+LOST_AFTER = 10.0  # seconds without a server that has the weights, while one has others
 
 
 class BadReply(Exception):
     """What a server sent is not an answer to the request; the message says why. Another attempt may succeed."""
+
+
+class WeightsLost(UserError):
+    """Servers work, but none has the weights that are asked for; it helps to give them these again."""
 
 
 @dataclass(eq=False)
@@ -39,6 +46,7 @@ class Replica:
     in_flight: int = 0
     failures: int = 0  # in a row
     trouble: str = ""  # why it gets no requests; empty while it does
+    outdated: bool = False  # it generates, with other weights than are asked for
 
 
 class Replicas:
@@ -82,11 +90,12 @@ class Replicas:
         """What `parse` makes of the answer of /generate to each (body, parse), in order.
 
         `parse` raises BadReply for what is no answer. Answers come from servers whose weights are `version`. Raises
-        UserError when a server refuses a request, ATTEMPTS attempts of one have failed or no server works; then the
-        others are cancelled.
+        UserError when a server refuses a request, ATTEMPTS attempts of one have failed or no server works (WeightsLost
+        when all that work have other weights); then the others are cancelled.
         """
         self._working = time.monotonic()
         for replica in self.replicas:
+            replica.outdated = False
             if replica.trouble:
                 self._probe_later(replica, version)
         tasks = [asyncio.create_task(self._ask(body, parse, version)) for body, parse in requests]
@@ -97,9 +106,7 @@ class Replicas:
                 task.cancel()
             await asyncio.gather(*tasks, *self._probes, return_exceptions=True)
 
-    async def fetch(
-        self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
-    ) -> Any:
+    async def fetch(self, url: str, path: str, body: Body = None, timeout: float | None = None) -> Any:
         """The JSON answer of one server to a POST of `body`, or to a GET without.
 
         Raises BadReply for a failure that may pass, and for an answer that takes longer than `timeout` seconds (None:
@@ -112,7 +119,9 @@ class Replicas:
                 limit = (
                     self._http.timeout if timeout is None else httpx.Timeout(timeout, connect=CONNECT_TIMEOUT)
                 )
-                response = await self._http.post(url + path, json=body, timeout=limit)
+                content = body if isinstance(body, bytes) else json.dumps(body).encode()
+                headers = {"Content-Type": "application/json"}
+                response = await self._http.post(url + path, content=content, headers=headers, timeout=limit)
         except httpx.HTTPError as error:
             raise BadReply(str(error) or type(error).__name__) from None
         if response.status_code in (400, 401, 403, 404, 422):
@@ -124,19 +133,25 @@ class Replicas:
         except ValueError:
             raise BadReply(f"not JSON: {response.text[:80]!r}") from None
 
-    async def fetch_all(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """URL -> the answer of each server, asked at the same time, or what `fetch` raised.
+    async def fetch_each(
+        self, path: str, bodies: Mapping[str, Body], timeout: float | None = None
+    ) -> dict[str, Any]:
+        """URL -> the answer of each server in `bodies`, asked at the same time, or what `fetch` raised.
 
-        A server has `outage_timeout` seconds to answer.
+        A server has `timeout` seconds to answer (None: `outage_timeout`).
         """
-        urls = [replica.url for replica in self.replicas]
+        limit = self._outage_timeout if timeout is None else timeout
         answers = await asyncio.gather(
-            *(self.fetch(url, path, body, self._outage_timeout) for url in urls), return_exceptions=True
+            *(self.fetch(url, path, body, limit) for url, body in bodies.items()), return_exceptions=True
         )
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, BadReply | UserError):
                 raise answer
-        return dict(zip(urls, answers, strict=True))
+        return dict(zip(bodies, answers, strict=True))
+
+    async def fetch_all(self, path: str, body: Body = None) -> dict[str, Any]:
+        """The same of all servers with one body."""
+        return await self.fetch_each(path, dict.fromkeys((replica.url for replica in self.replicas), body))
 
     async def _ask(self, body: dict[str, Any], parse: Callable[[Any], Result], version: str) -> Result:
         failed: Replica | None = None
@@ -167,9 +182,11 @@ class Replicas:
             free = [replica for replica in working if replica.in_flight < self._concurrency]
             if free:
                 return min(free, key=lambda replica: (replica is but_not, replica.in_flight))
-            left = None if working else self._working + self._outage_timeout - time.monotonic()
+            outdated = any(replica.outdated for replica in self.replicas)
+            patience = min(LOST_AFTER, self._outage_timeout) if outdated else self._outage_timeout
+            left = None if working else self._working + patience - time.monotonic()
             if left is not None and left <= 0:
-                raise UserError(self._outage())
+                raise (WeightsLost if outdated else UserError)(self._outage(patience))
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._changed.wait()
@@ -179,10 +196,10 @@ class Replicas:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _outage(self) -> str:
+    def _outage(self, seconds: float) -> str:
         troubles = "; ".join(f"{replica.url}: {replica.trouble}" for replica in self.replicas)
         return (
-            f"{self._key}: none of {len(self.replicas)} servers has worked for {self._outage_timeout:g} s "
+            f"{self._key}: none of {len(self.replicas)} servers has worked for {seconds:g} s "
             f"({troubles}): see the logs in run_dir/servers, then resume"
         )
 
@@ -203,27 +220,22 @@ class Replicas:
         rest = min(LONGEST_REST, FIRST_REST * 2 ** max(0, replica.failures - 1))
         while replica.trouble:
             await asyncio.sleep(rest * random.uniform(0.75, 1.25))
-            trouble = await self._trouble_of(replica.url, version)
-            if trouble:
-                replica.trouble = trouble
-                rest = min(LONGEST_REST, 2 * rest)
-            else:
-                replica.trouble = ""
-        self._look_again()
+            replica.outdated, replica.trouble = await self._state_of(replica.url, version)
+            rest = min(LONGEST_REST, 2 * rest)
+            self._look_again()
 
-    async def _trouble_of(self, url: str, version: str) -> str:
-        """Why a server cannot be asked: it does not generate, or has other weights. Empty when it can."""
+    async def _state_of(self, url: str, version: str) -> tuple[bool, str]:
+        """Whether the server generates with other weights, and why it cannot be asked; empty when it can."""
         try:
             health = await self._http.get(url + "/health", timeout=PROBE_TIMEOUT)
             if health.status_code != 200:
-                return f"its health check says {health.status_code}"
+                return False, f"its health check says {health.status_code}"
             info = await self.fetch(url, "/model_info")
         except (httpx.HTTPError, BadReply, UserError) as error:
-            return str(error) or type(error).__name__
+            return False, str(error) or type(error).__name__
         found = info.get("weight_version") if isinstance(info, dict) else None
-        return (
-            "" if version in (ANY_WEIGHTS, found) else f"it has the weights {found!r} instead of {version!r}"
-        )
+        outdated = version not in (ANY_WEIGHTS, found)
+        return outdated, f"it has the weights {found!r} instead of {version!r}" if outdated else ""
 
 
 def _reason(response: httpx.Response) -> str:

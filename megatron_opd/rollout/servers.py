@@ -111,15 +111,20 @@ class Servers:
         self._watcher.start()
 
     @contextmanager
-    def updating(self, model: Path, version: str) -> Iterator[None]:
-        """While the servers are given these weights they are not checked, and a restarted one loads these."""
+    def updating(self) -> Iterator[None]:
+        """While the servers are given weights they are neither checked nor restarted."""
         with self._lock:
-            self._weights = (model.absolute(), version)
             yield
 
+    def load_from(self, model: Path, version: str) -> None:
+        """A server that is started from now on begins with these weights."""
+        self._weights = (model.absolute(), version)
+
     def restart(self, url: str) -> None:
-        """End a server that did not take its weights; the watch starts it again with them."""
-        self._end(self._servers[self.urls.index(url)])
+        """End a server that did not take its weights; the watch starts it again. One that starts already may go on."""
+        server = self._servers[self.urls.index(url)]
+        if server.ready:
+            self._end(server)
 
     def stop(self) -> None:
         """End all servers, at once and for good."""

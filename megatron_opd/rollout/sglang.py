@@ -8,7 +8,7 @@ the same (seed, prompt id, sample), up to rounding of the logits; others draw an
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.objectives.kept_ids import KeptIds
-from megatron_opd.rollout.replicas import BadReply, Replicas
+from megatron_opd.rollout.replicas import BadReply, Body, Replicas
 from megatron_opd.rollout.sampling import Sampling
 
 SLACK = 1e-3  # nats: rounding of a server's log-probs
@@ -74,8 +74,16 @@ class SGLangEngine:
             raise outcome[0]
         return outcome[0]
 
-    def ask_all(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """URL -> what that server answers to a POST of `body` (None: to a GET), or the BadReply or UserError."""
+    def ask(self, path: str, bodies: Mapping[str, Body], timeout: float | None = None) -> dict[str, Any]:
+        """URL -> what that server answers to a POST of its body (None: to a GET), or the BadReply or UserError.
+
+        All of `bodies` are asked at the same time, and have `timeout` seconds (None: `outage_timeout`).
+        """
+        assert self._servers is not None, "connect comes first"
+        return self._runner.run(self._servers.fetch_each(path, bodies, timeout))
+
+    def ask_all(self, path: str, body: Body = None) -> dict[str, Any]:
+        """The same of all servers, with one body."""
         assert self._servers is not None, "connect comes first"
         return self._runner.run(self._servers.fetch_all(path, body))
 

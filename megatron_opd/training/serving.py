@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -11,21 +12,32 @@ from megatron_opd.config.rollout import SGLangConfig
 from megatron_opd.rollout.servers import Servers, ServerSettings
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.training.job import Job
-from megatron_opd.weight_sync.disk import DiskSync
+from megatron_opd.weight_sync.disk import DiskTransport
+from megatron_opd.weight_sync.distributed import DistributedTransport
+from megatron_opd.weight_sync.sync import WeightSync
+from megatron_opd.weight_sync.tensor import TensorTransport
+from megatron_opd.weight_sync.transport import Transport
+
+Publish = Callable[[int], float]
+"""`publish(step)` has all later rollouts drawn with the weights of now; returns the seconds it took."""
+
+
+def unserved(step: int) -> float:
+    """The `Publish` of rollouts that the training processes draw themselves: they have the weights anyway."""
+    return 0.0
 
 
 @contextmanager
-def serving(job: Job, say: Callable[[str], None]) -> Iterator[Callable[[int], float]]:
-    """`with serving(job, say) as publish:` then `publish(step)` has all later rollouts drawn with the weights of now.
+def serving(job: Job, say: Callable[[str], None]) -> Iterator[Publish]:
+    """`with serving(job, say) as publish:` then `publish(step)` comes before rollouts with new weights.
 
-    `step` is the optimizer steps behind the weights; the result is the seconds it took. It comes once before the first
-    rollout, when servers are started, and after every step; the local engine has the student's weights anyway. `say`
-    prints a line. At the end, and after any error, the servers that the run has started are ended. `publish` is
-    collective, see `DiskSync.push`.
+    `step` is the optimizer steps behind the weights. The first call, before the first rollout, starts the servers.
+    `say` prints a line. At the end, and after any error, the servers that the run has started are ended. `publish` is
+    collective, see `WeightSync.push`.
     """
     engine = job.engine
     if not isinstance(engine, SGLangEngine):
-        yield lambda step: 0.0
+        yield unserved
         return
     sync = build_sync(job, engine, say)
 
@@ -40,15 +52,16 @@ def serving(job: Job, say: Callable[[str], None]) -> Iterator[Callable[[int], fl
         sync.close()
 
 
-def build_sync(job: Job, engine: SGLangEngine, say: Callable[[str], None]) -> DiskSync:
+def build_sync(job: Job, engine: SGLangEngine, say: Callable[[str], None]) -> WeightSync:
     """The weight sync of this rank; rank 0's has the servers that the run starts, if it does."""
     config = job.config.rollout.sglang
     folder = job.config.run_dir / "servers"
     servers = None
     if not config.urls and dist.get_rank() == 0:
         servers = Servers(server_settings(job, config), folder, say)
-    return DiskSync(
+    return WeightSync(
         engine,
+        transport(job, folder / "weights"),
         job.architecture,
         job.groups,
         source=job.config.student.path,
@@ -63,6 +76,17 @@ def build_sync(job: Job, engine: SGLangEngine, say: Callable[[str], None]) -> Di
         },
         say=say,
     )
+
+
+def transport(job: Job, folder: Path) -> Transport:
+    """What `rollout.weight_sync` names; exports go to `folder`."""
+    match job.config.rollout.weight_sync:
+        case "disk":
+            return DiskTransport(folder)
+        case "tensor":
+            return TensorTransport()
+        case "distributed":
+            return DistributedTransport(job.device)
 
 
 def server_settings(job: Job, config: SGLangConfig) -> ServerSettings:

@@ -19,6 +19,13 @@ SERVED = {"engine": "sglang", "sglang": {"python": "/venv/bin/python"}}
         {"engine": "sglang", "sglang": {"urls": ["http://a:1", "https://b:2"], "concurrency": 8}},
         {**SERVED, "temperature": 0.6, "top_k": 20},
         {**SERVED, "top_k": 1},
+        {**SERVED, "weight_sync": "tensor"},
+        {
+            "engine": "sglang",
+            "sglang": {"urls": ["http://[::1]:1", "http://localhost:2"]},
+            "weight_sync": "tensor",
+        },
+        {"engine": "sglang", "sglang": {"urls": ["http://a:1"]}, "weight_sync": "distributed"},
         {**SERVED, "sglang": {"python": "p", "arguments": ["--tp-size", "2"], "servers": 2, "host": "::"}},
     ],
 )
@@ -31,6 +38,15 @@ def test_engines_that_fit(rollout: dict[str, Any]) -> None:
     [
         ({"sglang": {"servers": 2}}, "rollout.sglang: the engine local reads nothing of it"),
         ({"engine": "sglang"}, "give either python"),
+        ({"weight_sync": "tensor"}, "rollout.weight_sync: the engine local has the student's weights anyway"),
+        (
+            {
+                "engine": "sglang",
+                "sglang": {"urls": ["http://127.0.0.1:1", "http://a:1"]},
+                "weight_sync": "tensor",
+            },
+            "rollout.weight_sync: tensor is for servers on this machine, unlike http://a:1",
+        ),
         ({"engine": "sglang", "sglang": {"python": "p", "urls": ["http://a:1"]}}, "give either python"),
         ({"engine": "sglang", "sglang": {"servers": 2, "urls": ["http://a:1"]}}, "rollout.sglang.servers: "),
         ({**SERVED, "max_batch": 3}, "rollout.max_batch: the engine local reads it"),

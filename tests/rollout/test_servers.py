@@ -107,9 +107,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-def wait_for(said: list[str], text: str) -> None:
+def wait_for(said: list[str], text: str, times: int = 1) -> None:
     deadline = time.monotonic() + 60
-    while not any(text in line for line in said):
+    while sum(text in line for line in said) < times:
         assert time.monotonic() < deadline, said
         time.sleep(0.05)
 
@@ -133,13 +133,16 @@ def test_the_dead_and_the_hanging_are_restarted_but_not_for_ever(
         (tmp_path / "sick").unlink()
         wait_for(said, "is back")
         assert servers.urls == [url]
-        with servers.updating(tmp_path / "newer", "8"):
+        with servers.updating():
+            servers.load_from(tmp_path / "newer", "8")
             servers.restart(url)
         wait_for(said, "ended with exit code 143; restarting")
         deadline = time.monotonic() + 60
         while not any(str(tmp_path / "newer") in child.cmdline() for child in psutil.Process().children()):
             assert time.monotonic() < deadline, "restarted with the newest weights"
             time.sleep(0.05)
+        servers.restart(url)  # which it does already
+        wait_for(said, "is back", times=2)
         servers.restart(url)
         wait_for(said, "given up after 2 restarts")
     finally:

@@ -1,11 +1,15 @@
 """Steps of a whole job with every preset, several updates a rollout, masks, and a head that works in chunks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_opd import train as training
 from megatron_opd.config.load import load_config
 from megatron_opd.config.presets import PRESETS
 from megatron_opd.train import evaluate, train_step
@@ -177,3 +181,30 @@ def test_evaluation_is_reverse_kl_whatever_is_trained_on(gloo, inputs, tmp_path)
         for preset in ("iw-opd-exact", "gkd", "aopd")
     ]
     assert values[1:] == pytest.approx(values[:1] * 2, rel=1e-6) and values[0] > 0.01
+
+
+def published(inputs: Path, run_dir: Path, heldout: bool) -> list[int]:
+    """The steps whose weights a run of 2 steps gives its servers."""
+    steps: list[int] = []
+
+    @contextmanager
+    def serving(job: Job, say: Any) -> Iterator[Any]:
+        def publish(step: int) -> float:
+            steps.append(step)
+            return 0.0
+
+        yield publish
+
+    changes = {} if heldout else {"evaluation__prompts": "null"}
+    job = build(inputs, run_dir, training__steps=2, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "serving", serving)
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        patch.setattr(training, "set_up", lambda config: job)
+        training.train(job.config)
+    return steps
+
+
+@pytest.mark.parametrize(("heldout", "steps"), [(False, [0, 1]), (True, [0, 1, 2])])
+def test_weights_go_out_where_rollouts_follow(gloo, inputs, tmp_path, heldout, steps):
+    assert gloo(1, published, inputs, tmp_path / "run", heldout) == [steps]
