@@ -99,7 +99,7 @@ def evaluate(job: Job, step: int) -> dict[str, float]:
     """Held-out reverse KL in nats per token, on the student's own rollouts from the held-out prompts."""
     began = time.perf_counter()
     seed = job.config.seed + HELDOUT_SEED_OFFSET
-    rollouts = job.draw(job.texts.heldout, step=step, seed=seed, samples=1)
+    rollouts = job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False)
     reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
     return {
         "eval/reverse_kl": reverse_kl,
