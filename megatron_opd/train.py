@@ -74,14 +74,14 @@ def due(step: int, every: int, steps: int) -> bool:
 
 
 def draw(
-    job: Job, publish: Publish, prompts: Sequence[Prompt], *, step: int, seed: int, samples: int
+    job: Job, publish: Publish, prompts: Sequence[Prompt], *, step: int, **options: Any
 ) -> list[Rollout]:
     """`Job.draw`, once more if servers were restarted meanwhile without the weights of `step`: they get them again."""
     try:
-        return job.draw(prompts, step=step, seed=seed, samples=samples)
+        return job.draw(prompts, step=step, **options)
     except WeightsLost:
         publish(step)
-        return job.draw(prompts, step=step, seed=seed, samples=samples)
+        return job.draw(prompts, step=step, **options)
 
 
 def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[str, Any], list[Rollout]]:
@@ -122,7 +122,7 @@ def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, floa
     """
     began = time.perf_counter()
     seed = job.config.seed + HELDOUT_SEED_OFFSET
-    rollouts = draw(job, publish, job.texts.heldout, step=step, seed=seed, samples=1)
+    rollouts = draw(job, publish, job.texts.heldout, step=step, seed=seed, samples=1, trained=False)
     name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
     return {
         f"eval/{name}": reverse_kl,

@@ -152,7 +152,8 @@ class ObjectiveConfig(Section):
     kept_ids_only: bool = Field(
         False,
         description="Restrict student and teacher, token by token, to the ids that rollout.top_p and rollout.top_k "
-        "left to draw from, and renormalise: the student is then the policy that drew. Every metric is of these ids.",
+        "left to draw from, and renormalise: the student is then the policy that drew. Metrics are of these ids, but "
+        "for eval/reverse_kl.",
     )
     gate: GateConfig = GateConfig()
     policy: PolicyConfig = PolicyConfig()

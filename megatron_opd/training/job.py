@@ -92,8 +92,13 @@ class Job:
             f"{begin}: {self.layout}, {self.config.precision} on {device}; {len(self.texts.training.prompts)} prompts",
         ]
 
-    def draw(self, prompts: Sequence[Prompt], *, step: int, seed: int, samples: int) -> list[Rollout]:
-        """Responses of all prompts drawn with the current weights; the same list on every rank."""
+    def draw(
+        self, prompts: Sequence[Prompt], *, step: int, seed: int, samples: int, trained: bool = True
+    ) -> list[Rollout]:
+        """Responses of all prompts drawn with the current weights; the same list on every rank.
+
+        Those that are `trained` on have the kept ids if the objective reads them.
+        """
         settings = self.config.rollout
         sampling = Sampling(
             max_new_tokens=settings.max_new_tokens,
@@ -103,7 +108,7 @@ class Job:
             stop_ids=self.texts.stop_ids,
             n=samples,
             seed=seed,
-            keep_ids=self.config.objective.kept_ids_only,
+            keep_ids=trained and self.config.objective.kept_ids_only,
         )
         return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp_cp)
 

@@ -179,9 +179,9 @@ def test_log_probability_alone_reads_no_teacher(monkeypatch: pytest.MonkeyPatch)
     read = []
     original = logits_module.LogitsReader.read
 
-    def reading(self: logits_module.LogitsReader, tokens: slice) -> torch.Tensor:
+    def reading(self: logits_module.LogitsReader, tokens: slice, left_out_CV: None) -> torch.Tensor:
         read.append(self.weight_VD)
-        return original(self, tokens)
+        return original(self, tokens, left_out_CV)
 
     monkeypatch.setattr(logits_module.LogitsReader, "read", reading)
     ours = torch.autograd.grad((stats.student_logprob * case.logprob_grad).sum(), (hidden, weight))

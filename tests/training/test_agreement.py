@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_opd.config.rollout import RolloutConfig
-from megatron_opd.train import train_step
+from megatron_opd.train import evaluate, train_step
 from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, alarm, step_agreement
 from tests.gloo_pool import GlooPools
 from tests.training.test_job import build, inputs, steps
@@ -125,6 +125,21 @@ def test_log_probs_are_compared_before_the_student_moves(
     assert metrics["logprob_mismatch_max"] < 1e-4 and moved > 0.1
     assert 0.0 < metrics["logprob_mismatch"] <= metrics["logprob_mismatch_max"]
     assert abs(metrics["logprob_mismatch_kl"]) < 1e-8 and metrics["logprob_mismatch_high"] == 0.0
+
+
+def what_is_recorded(folder: Path, run_dir: Path, **changes: Any) -> list[int]:
+    """Tokens with kept ids in rollouts that are trained on and in others; and of the held-out evaluation."""
+    job = build(folder, run_dir, **changes)
+    prompts = job.prompts.take(2)
+    draws = [job.draw(prompts, step=0, seed=0, samples=1, trained=trained) for trained in (True, False)]
+    assert evaluate(job, 0)["eval/reverse_kl"] > 0.0
+    return [sum(len(rollout.kept_ids) for rollout in rollouts) for rollouts in draws]
+
+
+def test_kept_ids_are_recorded_where_they_are_read(gloo: GlooPools, inputs: Path, tmp_path: Path) -> None:
+    (replayed, heldout) = gloo(1, what_is_recorded, inputs, tmp_path / "replay", **KEPT)[0]
+    assert replayed > 0 and heldout == 0
+    assert gloo(1, what_is_recorded, inputs, tmp_path / "plain", **TOP_P)[0] == [0, 0]
 
 
 @pytest.mark.parametrize("preset", ["opd", "lsm"])
