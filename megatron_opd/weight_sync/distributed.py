@@ -82,7 +82,7 @@ class _Group:
             "shapes": [list(tensor.shape) for _, tensor in bucket],
             "group_name": self._name,
             "load_format": "flattened_bucket",
-            "flush_cache": True,
+            "flush_cache": False,
         }
         flat = torch.cat([tensor.to(self._device).reshape(-1).view(torch.uint8) for _, tensor in bucket])
         sending = self._thread.submit(self._broadcast, flat)

@@ -37,6 +37,9 @@ from megatron_opd.weight_sync.transport import (
 CHECK_EVERY = 10  # syncs; the first is checked too
 RETRY_EVERY = 2.0  # seconds, while no server takes the weights
 ANSWER_TIMEOUT = 30.0  # seconds that a server has for a request that moves no weights
+FLUSH_TIMEOUT = (
+    20.0  # seconds that a server waits for its last requests, health checks say, to flush its cache
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -151,9 +154,12 @@ class WeightSync:
         return []
 
     def _finish(self, weights: Outgoing, takers: Sequence[str], failed: dict[str, Trouble]) -> bool:
-        """Compare checksums, then give the servers that have the weights their version. Whether there are any."""
+        """Flush caches, compare checksums, then give the servers that have the weights their version; whether any has."""
         done = [url for url in takers if url not in failed]
         if done:
+            flush = f"/flush_cache?timeout={FLUSH_TIMEOUT:g}"
+            failed |= troubles_of(self._engine.ask(flush, {url: {} for url in done}, ANSWER_TIMEOUT))
+            done = [url for url in done if url not in failed]
             self._check(weights, done)
             asked = dict.fromkeys(done, _version(weights.version))
             failed |= troubles_of(self._engine.ask("/update_weight_version", asked, ANSWER_TIMEOUT))
@@ -178,7 +184,7 @@ class WeightSync:
 
     def _check(self, weights: Outgoing, urls: Sequence[str]) -> None:
         """Compare checksums, if they are due, with servers that have the weights."""
-        if weights.sample is None:
+        if weights.sample is None or not urls:
             return
         answers = self._engine.ask("/weights_checker", {url: {"action": "checksum"} for url in urls})
         sums = {url: answer for url, answer in answers.items() if field(answer, "success")}
