@@ -154,11 +154,10 @@ class WeightSync:
         return []
 
     def _finish(self, weights: Outgoing, takers: Sequence[str], failed: dict[str, Trouble]) -> bool:
-        """Flush caches, compare checksums, then give the servers that have the weights their version; whether any has."""
+        """Flush caches, compare checksums, give the servers that have the weights their version. Whether any has."""
         done = [url for url in takers if url not in failed]
         if done:
-            flush = f"/flush_cache?timeout={FLUSH_TIMEOUT:g}"
-            failed |= troubles_of(self._engine.ask(flush, {url: {} for url in done}, ANSWER_TIMEOUT))
+            failed |= self._flush(done)
             done = [url for url in done if url not in failed]
             self._check(weights, done)
             asked = dict.fromkeys(done, _version(weights.version))
@@ -172,6 +171,12 @@ class WeightSync:
             if self._servers is not None:
                 self._servers.restart(url)
         return True
+
+    def _flush(self, urls: Sequence[str]) -> dict[str, Trouble]:
+        """At once, which a paused server does too; where requests still run, when these have ended."""
+        busy = troubles_of(self._engine.ask("/flush_cache", {url: {} for url in urls}, ANSWER_TIMEOUT))
+        path = f"/flush_cache?timeout={FLUSH_TIMEOUT:g}"
+        return troubles_of(self._engine.ask(path, {url: {} for url in busy}, ANSWER_TIMEOUT))
 
     def _wait(self, weights: Outgoing, failed: dict[str, Trouble], deadline: float) -> None:
         refused = all(isinstance(trouble, UserError) for trouble in failed.values())
