@@ -131,6 +131,8 @@ class Replicas:
         try:
             return response.json()
         except ValueError:
+            if path.startswith("/flush_cache"):  # which SGLang answers in words
+                return {"success": True, "message": response.text}
             raise BadReply(f"not JSON: {response.text[:80]!r}") from None
 
     async def fetch_each(

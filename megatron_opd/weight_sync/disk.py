@@ -23,5 +23,5 @@ class DiskTransport:
         weights.export(export)
         if dist.get_rank() > 0:
             return {}
-        body = {"model_path": str(export.absolute()), "flush_cache": True}
+        body = {"model_path": str(export.absolute()), "flush_cache": False}
         return troubles_of(ask("/update_weights_from_disk", dict.fromkeys(urls, body)))

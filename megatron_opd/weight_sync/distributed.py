@@ -82,7 +82,7 @@ class _Group:
             "shapes": [list(tensor.shape) for _, tensor in bucket],
             "group_name": self._name,
             "load_format": "flattened_bucket",
-            "flush_cache": True,
+            "flush_cache": False,
         }
         flat = torch.cat([tensor.to(self._device).reshape(-1).view(torch.uint8) for _, tensor in bucket])
         sending = self._thread.submit(self._broadcast, flat)
@@ -95,7 +95,11 @@ class _Group:
         """End the group here and in the servers."""
         if self._group is not None:
             self._dismiss_servers()
-            dist.destroy_process_group(self._group)
+            self._leave()
+
+    def _leave(self) -> None:
+        group, self._group = self._group, None
+        dist.destroy_process_group(group)
 
     def _dismiss_servers(self) -> None:
         body = {"group_name": self._name}
@@ -142,9 +146,17 @@ class _Group:
 
     def _broadcast(self, flat: Tensor) -> None:
         assert self._group is not None
-        dist.broadcast(flat, group=self._group, group_src=0)
-        if flat.is_cuda:
-            torch.cuda.synchronize(flat.device)
+        try:
+            dist.broadcast(flat, group=self._group, group_src=0)
+            if flat.is_cuda:
+                torch.cuda.synchronize(flat.device)
+            return
+        except RuntimeError as error:
+            failure = str(error)
+        # Servers still wait for what the dead one kept from them: they notice that rank 0 has gone. The error holds the
+        # group by its traceback, so it is raised anew.
+        self._leave()
+        raise RuntimeError(failure)
 
     def _all_or_none(
         self, troubles: dict[str, Trouble], ours: "Future[None] | None" = None

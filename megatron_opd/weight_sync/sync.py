@@ -37,6 +37,9 @@ from megatron_opd.weight_sync.transport import (
 CHECK_EVERY = 10  # syncs; the first is checked too
 RETRY_EVERY = 2.0  # seconds, while no server takes the weights
 ANSWER_TIMEOUT = 30.0  # seconds that a server has for a request that moves no weights
+FLUSH_TIMEOUT = (
+    20.0  # seconds that a server waits for its last requests, health checks say, to flush its cache
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -151,9 +154,11 @@ class WeightSync:
         return []
 
     def _finish(self, weights: Outgoing, takers: Sequence[str], failed: dict[str, Trouble]) -> bool:
-        """Compare checksums, then give the servers that have the weights their version. Whether there are any."""
+        """Flush caches, compare checksums, give the servers that have the weights their version. Whether any has."""
         done = [url for url in takers if url not in failed]
         if done:
+            failed |= self._flush(done)
+            done = [url for url in done if url not in failed]
             self._check(weights, done)
             asked = dict.fromkeys(done, _version(weights.version))
             failed |= troubles_of(self._engine.ask("/update_weight_version", asked, ANSWER_TIMEOUT))
@@ -167,6 +172,12 @@ class WeightSync:
                 self._servers.restart(url)
         return True
 
+    def _flush(self, urls: Sequence[str]) -> dict[str, Trouble]:
+        """At once, which a paused server does too; where requests still run, when these have ended."""
+        busy = troubles_of(self._engine.ask("/flush_cache", {url: {} for url in urls}, ANSWER_TIMEOUT))
+        path = f"/flush_cache?timeout={FLUSH_TIMEOUT:g}"
+        return troubles_of(self._engine.ask(path, {url: {} for url in busy}, ANSWER_TIMEOUT))
+
     def _wait(self, weights: Outgoing, failed: dict[str, Trouble], deadline: float) -> None:
         refused = all(isinstance(trouble, UserError) for trouble in failed.values())
         if refused or time.monotonic() > deadline:
@@ -178,7 +189,7 @@ class WeightSync:
 
     def _check(self, weights: Outgoing, urls: Sequence[str]) -> None:
         """Compare checksums, if they are due, with servers that have the weights."""
-        if weights.sample is None:
+        if weights.sample is None or not urls:
             return
         answers = self._engine.ask("/weights_checker", {url: {"action": "checksum"} for url in urls})
         sums = {url: answer for url, answer in answers.items() if field(answer, "success")}

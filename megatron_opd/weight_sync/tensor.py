@@ -36,7 +36,7 @@ def _body(bucket: Bucket, copies: int) -> bytes:
     """The request, as JSON, with the tensors once for every process of the server that loads a shard of them."""
     values = [(name, _by_itself(tensor)) for name, tensor in bucket]
     text = base64.b64encode(pickle.dumps(values, protocol=4))  # what JSON need not escape
-    return b'{"flush_cache":true,"serialized_named_tensors":["' + b'","'.join([text] * copies) + b'"]}'
+    return b'{"flush_cache":false,"serialized_named_tensors":["' + b'","'.join([text] * copies) + b'"]}'
 
 
 def _by_itself(tensor: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Transport(Protocol):
     """How the weights of a push reach servers: `disk`, `tensor` or `distributed`."""
 
     def send(self, weights: "Outgoing", ask: Ask, urls: Sequence[str]) -> dict[str, Trouble]:
-        """Have the servers at `urls` load the weights and flush their caches; the version is stamped by the caller.
+        """Have the servers at `urls` load the weights; their caches and their versions are the caller's.
 
         `urls` and the result are rank 0's: which servers did not, and why; these may have loaded some of the tensors.
         Collective over WORLD; raises UserError on all ranks alike.

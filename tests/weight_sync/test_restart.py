@@ -1,5 +1,7 @@
 """Servers of the run itself that are killed between pushes: whoever draws has the newest weights, or none is asked."""
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,10 @@ from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.servers import Servers, ServerSettings
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.train import draw
+from megatron_opd.weight_sync import transport as transports
 from megatron_opd.weight_sync.distributed import DistributedTransport
 from megatron_opd.weight_sync.sync import WeightSync
+from megatron_opd.weight_sync.transport import Ask, Outgoing, Transport, Trouble
 from tests.gloo_pool import GlooPools
 from tests.rollout.models import PROMPTS, full_logits, load
 from tests.sglang_server import LONGEST, SEEDED, sglang_python
@@ -24,7 +28,30 @@ SAMPLING = Sampling(max_new_tokens=12, seed=7)
 START_TIMEOUT = 400.0
 
 
-def start(model: Path, folder: Path, python: Path, said: list[str]) -> tuple[Any, Any, Servers, WeightSync]:
+class Killing:
+    """Broadcasts, and once kills a server between two buckets."""
+
+    def __init__(self) -> None:
+        self._transport = DistributedTransport(torch.device("cpu"))
+        self.kill: Callable[[], None] | None = None
+
+    def send(self, weights: Outgoing, ask: Ask, urls: Sequence[str]) -> dict[str, Trouble]:
+        buckets = 0
+
+        def asking(path: str, bodies: Mapping[str, Any]) -> dict[str, Any]:
+            nonlocal buckets
+            buckets += path == "/update_weights_from_distributed"
+            if self.kill is not None and buckets == 2:
+                self.kill()
+                self.kill = None
+            return ask(path, bodies)
+
+        return self._transport.send(weights, asking, urls)
+
+
+def start(
+    model: Path, folder: Path, python: Path, transport: Transport, said: list[str]
+) -> tuple[Any, Any, Servers, WeightSync]:
     """The model, an engine, and a sync that starts two servers at its first push."""
     chunks, arch, groups = load(model, ParallelLayout())
     engine = SGLangEngine(arch.vocab_size, groups.mp)
@@ -40,7 +67,7 @@ def start(model: Path, folder: Path, python: Path, said: list[str]) -> tuple[Any
     servers = Servers(settings, folder, said.append)
     sync = WeightSync(
         engine,
-        DistributedTransport(torch.device("cpu")),
+        transport,
         arch,
         groups,
         source=model,
@@ -65,7 +92,8 @@ def kill(servers: Servers, index: int) -> None:
 
 def lose_servers(model: Path, folder: Path, python: Path) -> dict[str, Any]:
     said: list[str] = []
-    chunks, engine, servers, sync = start(model, folder, python, said)
+    transport = Killing()
+    chunks, engine, servers, sync = start(model, folder, python, transport, said)
     pushed = []
 
     def publish(version: int) -> float:
@@ -80,6 +108,7 @@ def lose_servers(model: Path, folder: Path, python: Path) -> dict[str, Any]:
     job: Any = SimpleNamespace(
         draw=lambda prompts, step, seed, samples: engine.generate(prompts, SAMPLING, weight_version=step)
     )
+    bucket_bytes, transports.BUCKET_BYTES = transports.BUCKET_BYTES, 100_000
     try:
         publish(0)
         with torch.no_grad():
@@ -87,7 +116,7 @@ def lose_servers(model: Path, folder: Path, python: Path) -> dict[str, Any]:
                 parameter.mul_(1.1)
         publish(1)
         both = versions()
-        kill(servers, 0)
+        transport.kill = functools.partial(kill, servers, 0)
         publish(2)
         one = versions()
         first = draw(job, publish, PROMPTS, step=2, seed=7, samples=1)
@@ -112,6 +141,7 @@ def lose_servers(model: Path, folder: Path, python: Path) -> dict[str, Any]:
             "said": said,
         }
     finally:
+        transports.BUCKET_BYTES = bucket_bytes
         sync.close()
 
 
@@ -122,7 +152,7 @@ def test_restarted_servers_draw_with_the_newest_weights_only(gloo: GlooPools, tm
         1, lose_servers, tmp_path / "model", tmp_path / "servers", python, timeout=2 * START_TIMEOUT
     )
     assert found["both"] == ["1", "1"], "the group spans both servers"
-    assert found["one"] == [None, "2"], "the other takes weights while one is dead"
+    assert found["one"] == [None, "2"], "the other takes the weights when one dies in the middle"
     assert found["exports"] == ["0"], "the one that servers start with"
     assert any("did not take the weights 2" in line for line in found["said"])
     first, second = found["first"], found["second"]
