@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -47,9 +48,12 @@ class SGLangServer:
 
     def load(self, model: Path, version: str) -> None:
         """Give the server these weights."""
-        body = {"model_path": str(model), "weight_version": version, "flush_cache": True}
+        body = {"model_path": str(model), "weight_version": version, "flush_cache": False}
         with self.engine() as engine:
             assert engine.ask_all("/update_weights_from_disk", body)[self.url]["success"]
+        httpx.post(
+            self.url + "/flush_cache?timeout=20", timeout=60
+        ).raise_for_status()  # a health check may run
 
     @contextmanager
     def engine(self, urls: list[str] | None = None, **options) -> Iterator[SGLangEngine]:
