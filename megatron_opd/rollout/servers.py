@@ -5,6 +5,7 @@ server keeps its port and loads the newest weights that the run has written, so 
 """
 
 import atexit
+import itertools
 import json
 import os
 import secrets
@@ -52,6 +53,9 @@ class ServerSettings:
 class _Server:
     port: int
     log: Path
+    number: int = field(
+        default_factory=itertools.count().__next__
+    )  # over all sets of servers of this process
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     ready: bool = False
@@ -178,12 +182,11 @@ class Servers:
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         }
         if not torch.cuda.is_available():
-            index = self._servers.index(server)
             cores = sorted(os.sched_getaffinity(0))
             environment |= {
                 "SGLANG_USE_CPU_ENGINE": "1",
                 # Threads that share a core with other work wait for each other most of the time.
-                "SGLANG_CPU_OMP_THREADS_BIND": str(cores[index % len(cores)]),
+                "SGLANG_CPU_OMP_THREADS_BIND": str(cores[server.number % len(cores)]),
             }
         command = [sys.executable, guard.__file__, str(os.getpid()), *self.command(server.port)]
         with server.log.open("ab") as log:
