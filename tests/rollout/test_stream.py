@@ -13,6 +13,7 @@ from megatron_opd.data.prompts import Prompt, PromptStream
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
+from megatron_opd.rollout import replicas
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import Drawing, SGLangEngine
 from megatron_opd.rollout.stream import RolloutStream, staleness
@@ -194,7 +195,7 @@ def lose_the_weights(url: str, model: object) -> tuple[list[list[Rollout]], list
     """Three steps, before whose first the server says it has version 0; also what was given again, and positions."""
     groups = build_groups(ParallelLayout(data=2))
     engine = SGLangEngine(VOCAB, groups.mp)
-    engine.connect([url], concurrency=8, outage_timeout=1.0)
+    engine.connect([url], concurrency=8, outage_timeout=60.0)
     prompts = PromptStream(PROMPTS, seed=3)
     settings = {"prompts_per_step": 3, "max_staleness": 2, "last": 6}
     stream = RolloutStream(engine, prompts, SHORT, groups.dp_cp, **settings)
@@ -212,11 +213,15 @@ def lose_the_weights(url: str, model: object) -> tuple[list[list[Rollout]], list
         assert engine.ask_all("/update_weight_version", lost)[url]["success"]
     groups.dp_cp.barrier().wait()
     taken = []
-    for step in (4, 5, 6):
-        taken.append(drawn(partial(stream.take, step), give, step - 1))
-        positions.append(prompts.state_dict()["position"])
-        give(step)
-    engine.close()
+    lost_after, replicas.LOST_AFTER = replicas.LOST_AFTER, 0.5
+    try:
+        for step in (4, 5, 6):
+            taken.append(drawn(partial(stream.take, step), give, step - 1))
+            positions.append(prompts.state_dict()["position"])
+            give(step)
+    finally:
+        replicas.LOST_AFTER = lost_after
+        engine.close()
     return taken, published, positions
 
 
