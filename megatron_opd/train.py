@@ -1,10 +1,10 @@
 """The training loop: rollout -> score -> forward/backward -> optimizer step -> log -> (evaluate, save).
 
-The embedded rollout engine shares the student's weights; servers are given them after every step.
+The embedded rollout engine shares the student's weights; servers are given them after every step, and may draw the
+rollouts of the next steps while one trains.
 """
 
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,15 +13,14 @@ import torch.distributed as dist
 from megatron_opd.checkpoint.hf_export import save_hf
 from megatron_opd.config.load import changed_keys, load_config, save_resolved
 from megatron_opd.config.schema import Config
-from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
-from megatron_opd.rollout.replicas import WeightsLost
+from megatron_opd.rollout.stream import staleness
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
-from megatron_opd.training.serving import Publish, serving, unserved
+from megatron_opd.training.serving import Publish, drawn, serving, unserved
 from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import means_over_tokens
 
@@ -73,26 +72,11 @@ def due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def draw(
-    job: Job, publish: Publish, prompts: Sequence[Prompt], *, step: int, **options: Any
-) -> list[Rollout]:
-    """`Job.draw`, once more if servers were restarted meanwhile without the weights of `step`: they get them again."""
-    try:
-        return job.draw(prompts, step=step, **options)
-    except WeightsLost:
-        publish(step)
-        return job.draw(prompts, step=step, **options)
-
-
 def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[str, Any], list[Rollout]]:
-    """Draw rollouts, let the models score them, apply the updates. Returns the step's metrics and rollouts."""
+    """Take rollouts, let the models score them, apply the updates. Returns the step's metrics and rollouts."""
     began = time.perf_counter()
-    settings = job.config.rollout
-    prompts = job.prompts.take(settings.prompts_per_step)
-    rollouts = draw(
-        job, publish, prompts, step=step - 1, seed=job.config.seed, samples=settings.samples_per_prompt
-    )
-    drawn = time.perf_counter()
+    rollouts = drawn(lambda: job.rollouts.take(step), publish, step - 1)
+    taken = time.perf_counter()
     updates = job.score(rollouts)
     scored = time.perf_counter()
     job.student.start_step()
@@ -107,10 +91,11 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         "grad_norm": sum(outcome.grad_norm for outcome in outcomes) / len(outcomes),
         "lr": job.student.learning_rate,
+        **staleness(rollouts, step - 1),
         "skipped": sum(not outcome.applied for outcome in outcomes),
         **take_router_metrics(job.student.chunks, job.groups),
-        "rollout_seconds": drawn - began,
-        "teacher_seconds": scored - drawn,
+        "rollout_seconds": taken - began,
+        "teacher_seconds": scored - taken,
         "train_seconds": trained - scored,
     }, rollouts
 
@@ -122,7 +107,9 @@ def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, floa
     """
     began = time.perf_counter()
     seed = job.config.seed + HELDOUT_SEED_OFFSET
-    rollouts = draw(job, publish, job.texts.heldout, step=step, seed=seed, samples=1, trained=False)
+    rollouts = drawn(
+        lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
+    )
     name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
     return {
         f"eval/{name}": reverse_kl,

@@ -22,6 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_opd.checkpoint.store import published
 from megatron_opd.cli import main
+from megatron_opd.data.prompts import PromptStream, load_prompts
+from megatron_opd.data.tokenizer import load_tokenizer
+from megatron_opd.report.ledger import LEDGER_FILE
+from megatron_opd.report.step_lines import read_steps
 from tests.data.tiny_tokenizer import WORDS, save_tokenizer, write_prompts
 from tests.tiny import save_tiny_model
 
@@ -77,6 +81,20 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what a clock decides."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.endswith(TIMINGS)} for row in rows]
+
+
+def check_ledger(inputs: Path, run_dir: Path, *, steps: int, samples: int = 1) -> list[dict[str, Any]]:
+    """Every rollout of a run's lineage is in its ledger once, in the order of the prompts; returns the ledger."""
+    loaded = load_prompts(
+        inputs / "train.jsonl", load_tokenizer(inputs / "student"), max_prompt_tokens=32
+    ).prompts
+    stream = PromptStream(loaded, seed=0)
+    rows = read_steps(run_dir / LEDGER_FILE)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        consumed = [(each["prompt"], each["sample"]) for each in row["rollouts"]]
+        assert consumed == [(prompt.id, sample) for prompt in stream.take(4) for sample in range(samples)]
+    return rows
 
 
 def test_a_run_learns_and_leaves_everything_behind(inputs, tmp_path):
@@ -176,6 +194,8 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stdout
     assert metrics(killed) == metrics(whole)
+    for row in check_ledger(inputs, killed, steps=40):
+        assert all(each["versions"] == [row["step"] - 1] for each in row["rollouts"])
 
 
 def test_sequences_shared_by_two_processes_give_the_same_run(inputs, tmp_path):

@@ -152,6 +152,11 @@ def _check_engine(rollout: RolloutConfig) -> None:
                 "rollout.weight_sync: the engine local has the student's weights anyway: remove it, or set "
                 "rollout.engine to sglang"
             )
+        if rollout.max_staleness:
+            raise UserError(
+                "rollout.max_staleness: the engine local draws with the student itself, never ahead of it: set it to "
+                "0, or rollout.engine to sglang"
+            )
         return
     if rollout.max_batch is not None:
         raise UserError("rollout.max_batch: the engine local reads it: use rollout.sglang.concurrency")

@@ -74,6 +74,11 @@ class RolloutConfig(Section):
     top_k: Count = Field(
         0, description="Number of likeliest tokens kept; with `top_p`, what both keep. 0 is off."
     )
+    max_staleness: Count = Field(
+        0,
+        description="Steps that the weights of a rollout may lag behind the student it trains. Above 0 the servers of "
+        "the engine sglang draw the rollouts of so many steps ahead, while the student trains.",
+    )
     max_batch: PositiveInt | None = Field(
         None,
         description="Responses decoded together in a replica; bounds the key-value cache. null: all of a step. Read "

@@ -102,13 +102,18 @@ class PromptStream:
 
     def take(self, n: int) -> list[Prompt]:
         """The next `n` prompts, going on into the next epochs where one ends. Their ids are `row@epoch`."""
-        drawn = []
-        for position in range(self._position, self._position + n):
-            epoch, offset = divmod(position, len(self._prompts))
-            prompt = self._prompts[self._epoch_order(epoch)[offset]]
-            drawn.append(replace(prompt, id=f"{prompt.id}@{epoch}"))
+        drawn = self.peek(n)
         self._position += n
         return drawn
+
+    def peek(self, n: int, skip: int = 0) -> list[Prompt]:
+        """What `take(n)` returns once `skip` more prompts have been taken; the position stays."""
+        seen = []
+        for position in range(self._position + skip, self._position + skip + n):
+            epoch, offset = divmod(position, len(self._prompts))
+            prompt = self._prompts[self._epoch_order(epoch)[offset]]
+            seen.append(replace(prompt, id=f"{prompt.id}@{epoch}"))
+        return seen
 
     def state_dict(self) -> dict[str, int]:
         """The position in the endless sequence."""

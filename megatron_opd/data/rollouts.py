@@ -34,13 +34,23 @@ class Rollout:
     response_ids: list[int]
     logprobs: list[float]
     finish_reason: str  # "stop" (a stop token was drawn) or "length" (max_new_tokens reached)
-    weight_version: int  # optimizer steps taken by the weights that drew it
+    weight_version: int  # optimizer steps taken by the weights that drew its first token
+    # [token, version] where newer weights took over, drawing that token and those after it
+    version_changes: list[list[int]] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
     kept_ids: KeptIds = field(default_factory=KeptIds.of)  # of every token, or of none: not recorded
 
     def __post_init__(self) -> None:
         if not self.drawn_logprobs:
             object.__setattr__(self, "drawn_logprobs", self.logprobs)
+
+    @property
+    def token_versions(self) -> list[int]:
+        """The version of the weights that drew each response token."""
+        versions = [self.weight_version] * len(self.response_ids)
+        for token, version in self.version_changes:
+            versions[token:] = [version] * (len(versions) - token)
+        return versions
 
 
 def write_rollouts(

@@ -1,5 +1,5 @@
-"""What a run tells its user: metrics files, the progress bar, the plot.
+"""What a run tells its user: metrics files, the ledger of rollouts, the progress bar, the plot.
 
-Only rank 0 writes. May import `config` and `errors`; knows nothing of models or of the training step, only of
+Only rank 0 writes. May import `config`, `data` and `errors`; knows nothing of models or of the training step, only of
 the numbers in `metrics.jsonl`.
 """

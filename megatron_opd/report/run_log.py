@@ -9,6 +9,7 @@ from typing import Self
 
 from megatron_opd.data.rollouts import Rollout, write_rollouts
 from megatron_opd.errors import UserError, why_refused
+from megatron_opd.report.ledger import Ledger
 from megatron_opd.report.metrics import MetricsWriter, read_metrics
 from megatron_opd.report.plot import plot_curve
 from megatron_opd.report.progress import TrainingProgress
@@ -24,7 +25,7 @@ class RunLog:
     """Records the steps of a run in its directory. A context manager; on ranks other than 0 it does nothing.
 
     `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it no
-    longer counts: its metrics are set aside, its samples removed. `decode` turns token ids into text.
+    longer counts: its metrics and ledger are set aside, its samples removed. `decode` turns token ids into text.
 
     Every method raises UserError when the disk is full or cannot be written.
     """
@@ -40,6 +41,7 @@ class RunLog:
         self._progress = TrainingProgress(steps, start)
         with self._writing():
             self._metrics = MetricsWriter(run_dir, start or None)
+            self._ledger = Ledger(run_dir, start)
             for path in (run_dir / "rollouts").glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > start:
                     path.unlink()
@@ -57,6 +59,7 @@ class RunLog:
             # Closing writes what a full disk has left in the buffers; an earlier error says more than that.
             with self._writing() if error is None else suppress(OSError):
                 self._metrics.close()
+                self._ledger.close()
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
@@ -64,12 +67,16 @@ class RunLog:
             self._progress.say(line)
 
     def record(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout] = ()) -> None:
-        """Append a step's metrics and keep a sample of its rollouts; step 0 is the state before training."""
+        """Append a step's metrics, enter its rollouts in the ledger and keep a sample of them.
+
+        Step 0 is the state before training.
+        """
         if not self.enabled:
             return
         with self._writing():
             self._metrics.log(step, values)
             if step > 0:
+                self._ledger.log(step, rollouts)
                 samples = self.run_dir / "rollouts" / f"step_{step:08d}.jsonl"
                 write_rollouts(samples, rollouts[:SAMPLES], decode=self._decode)
         if step > 0:

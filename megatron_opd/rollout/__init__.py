@@ -6,6 +6,9 @@
   values.
 - `sglang`: `SGLangEngine`, which has SGLang servers draw; `replicas` is its way to them.
 - `servers`: starts SGLang servers and keeps them running; `guard` ends them with the trainer.
+- `cut_off`: responses that a change of weights has cut off.
+- `event_loop`: the thread in which responses of servers are waited for.
+- `stream`: the rollouts of step after step, some of them drawn ahead.
 - `sharded`: what an engine is, and how the replicas (data x context parallel) each
   generate a share.
 

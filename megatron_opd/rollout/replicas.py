@@ -1,7 +1,8 @@
 """Several SGLang servers as one: each request goes to the least loaded, and away from a server that fails.
 
 A server that fails rests, a little longer each time, and gets requests again once it generates with the weights that
-are asked for. Everything here runs in one event loop.
+are asked for. While the servers are paused no request is sent, and those that the pause has cut off go on afterwards,
+at any server. Everything here runs in one event loop.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import httpx
@@ -38,6 +39,29 @@ class WeightsLost(UserError):
     """Servers work, but none has the weights that are asked for; it helps to give them these again."""
 
 
+class Interrupted(Exception):
+    """An answer that was cut off; `request` asks for the whole result from a server with weights `version`."""
+
+    def __init__(self, request: Request[Any], version: str) -> None:
+        super().__init__("interrupted")
+        self.request, self.version = request, version
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The weights that may answer: those of `version`, with `or_newer` also later ones where versions are numbers."""
+
+    version: str
+    or_newer: bool = False
+
+    def suits(self, found: Any) -> bool:
+        """Whether a server's version will do. "7, incomplete", a server's while it gets weights, never does."""
+        if self.version in (ANY_WEIGHTS, found):
+            return True
+        numbers = isinstance(found, str) and found.isdecimal() and self.version.isdecimal()
+        return self.or_newer and numbers and int(found) > int(self.version)
+
+
 @dataclass(eq=False)
 class Replica:
     """One server as this client sees it."""
@@ -47,6 +71,7 @@ class Replica:
     failures: int = 0  # in a row
     trouble: str = ""  # why it gets no requests; empty while it does
     outdated: bool = False  # it generates, with other weights than are asked for
+    probe: asyncio.Task[None] | None = None  # waits for the end of the trouble
 
 
 class Replicas:
@@ -74,7 +99,8 @@ class Replicas:
         self._key = key
         self._working = time.monotonic()  # when a server was last known to work
         self._changed = asyncio.Event()  # set, and replaced, whenever a waiting request should look again
-        self._probes: set[asyncio.Task[None]] = set()
+        self._open = asyncio.Event()  # not set while the servers are paused
+        self._open.set()
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(request_timeout, connect=CONNECT_TIMEOUT, pool=None),
@@ -83,28 +109,60 @@ class Replicas:
         )
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; what is still asked has failed."""
+        probes = [replica.probe for replica in self.replicas if replica.probe is not None]
+        for probe in probes:
+            probe.cancel()
+        await asyncio.gather(*probes, return_exceptions=True)
         await self._http.aclose()
 
-    async def run(self, requests: Sequence[Request[Result]], version: str) -> list[Result]:
+    async def run(
+        self, requests: Sequence[Request[Result]], version: str, *, or_newer: bool = False
+    ) -> list[Result]:
         """What `parse` makes of the answer of /generate to each (body, parse), in order.
 
-        `parse` raises BadReply for what is no answer. Answers come from servers whose weights are `version`. Raises
-        UserError when a server refuses a request, ATTEMPTS attempts of one have failed or no server works (WeightsLost
-        when all that work have other weights); then the others are cancelled.
+        `parse` raises BadReply for what is no answer, Interrupted for the beginning of one. A server that has failed is
+        asked again when its weights are those of `version`, see `Wanted`. Raises UserError when a server refuses a
+        request, ATTEMPTS attempts of one have failed or no server works (WeightsLost when all that work have other
+        weights); then the others are cancelled.
         """
+        wanted = Wanted(version, or_newer)
         self._working = time.monotonic()
         for replica in self.replicas:
             replica.outdated = False
             if replica.trouble:
-                self._probe_later(replica, version)
-        tasks = [asyncio.create_task(self._ask(body, parse, version)) for body, parse in requests]
+                self._probe_later(replica, wanted)
+        tasks = [asyncio.create_task(self._ask(body, parse, wanted)) for body, parse in requests]
         try:
             return await asyncio.gather(*tasks)
         finally:
-            for task in (*tasks, *self._probes):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, *self._probes, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def pause(self, *, tell: bool) -> None:
+        """Send no requests until `resume`. With `tell` the servers stop drawing too: whatever anyone has asked them
+        comes back as far as it has come."""
+        self._open.clear()
+        if not tell:
+            return
+        # By itself a pause looks once a second whether all requests have ended.
+        await self.fetch_all("/abort_request", {"abort_all": True}, PROBE_TIMEOUT)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while any(replica.in_flight for replica in self.replicas):
+                    await self._changed.wait()
+        await self.fetch_all("/pause_generation", {"mode": "abort"}, PROBE_TIMEOUT)
+
+    async def resume(self, *, tell: bool) -> None:
+        """Send requests again, after `pause` with the same `tell`."""
+        if tell:
+            await self.fetch_all("/continue_generation", {}, PROBE_TIMEOUT)
+        self._working = time.monotonic()
+        for replica in self.replicas:
+            replica.outdated = False  # as far as is known: a probe looks again
+        self._open.set()
+        self._look_again()
 
     async def fetch(self, url: str, path: str, body: Body = None, timeout: float | None = None) -> Any:
         """The JSON answer of one server to a POST of `body`, or to a GET without.
@@ -151,13 +209,15 @@ class Replicas:
                 raise answer
         return dict(zip(bodies, answers, strict=True))
 
-    async def fetch_all(self, path: str, body: Body = None) -> dict[str, Any]:
+    async def fetch_all(self, path: str, body: Body = None, timeout: float | None = None) -> dict[str, Any]:
         """The same of all servers with one body."""
-        return await self.fetch_each(path, dict.fromkeys((replica.url for replica in self.replicas), body))
+        bodies = dict.fromkeys((replica.url for replica in self.replicas), body)
+        return await self.fetch_each(path, bodies, timeout)
 
-    async def _ask(self, body: dict[str, Any], parse: Callable[[Any], Result], version: str) -> Result:
+    async def _ask(self, body: dict[str, Any], parse: Callable[[Any], Result], wanted: Wanted) -> Result:
         failed: Replica | None = None
-        for _ in range(ATTEMPTS):
+        failures = 0
+        while failures < ATTEMPTS:
             replica = await self._least_loaded(but_not=failed)
             replica.in_flight += 1
             try:
@@ -165,9 +225,14 @@ class Replicas:
                 replica.failures = 0
                 self._working = time.monotonic()
                 return result
+            except Interrupted as interrupted:
+                body, parse = interrupted.request
+                wanted = replace(wanted, version=interrupted.version)
+                self._working = time.monotonic()
             except BadReply as error:
+                failures += 1
                 trouble = str(error)
-                self._rest(replica, trouble, version)
+                self._rest(replica, trouble, wanted)
                 failed = replica
             finally:
                 replica.in_flight -= 1
@@ -182,11 +247,12 @@ class Replicas:
         while True:
             working = [replica for replica in self.replicas if not replica.trouble]
             free = [replica for replica in working if replica.in_flight < self._concurrency]
-            if free:
+            paused = not self._open.is_set()
+            if free and not paused:
                 return min(free, key=lambda replica: (replica is but_not, replica.in_flight))
             outdated = any(replica.outdated for replica in self.replicas)
             patience = min(LOST_AFTER, self._outage_timeout) if outdated else self._outage_timeout
-            left = None if working else self._working + patience - time.monotonic()
+            left = None if working or paused else self._working + patience - time.monotonic()
             if left is not None and left <= 0:
                 raise (WeightsLost if outdated else UserError)(self._outage(patience))
             with suppress(TimeoutError):
@@ -205,28 +271,29 @@ class Replicas:
             f"({troubles}): see the logs in run_dir/servers, then resume"
         )
 
-    def _rest(self, replica: Replica, trouble: str, version: str) -> None:
+    def _rest(self, replica: Replica, trouble: str, wanted: Wanted) -> None:
         """Give the server no requests until a probe succeeds; requests that fail together count once."""
         if not replica.trouble:
             replica.trouble = trouble
             replica.failures += 1
-            self._probe_later(replica, version)
+            self._probe_later(replica, wanted)
 
-    def _probe_later(self, replica: Replica, version: str) -> None:
-        task = asyncio.create_task(self._probe(replica, version))
-        self._probes.add(task)
-        task.add_done_callback(self._probes.discard)
+    def _probe_later(self, replica: Replica, wanted: Wanted) -> None:
+        if replica.probe is not None:
+            replica.probe.cancel()
+        replica.probe = asyncio.create_task(self._probe(replica, wanted))
 
-    async def _probe(self, replica: Replica, version: str) -> None:
+    async def _probe(self, replica: Replica, wanted: Wanted) -> None:
         """Wait until the server generates and has the weights, then let it have requests again."""
         rest = min(LONGEST_REST, FIRST_REST * 2 ** max(0, replica.failures - 1))
         while replica.trouble:
             await asyncio.sleep(rest * random.uniform(0.75, 1.25))
-            replica.outdated, replica.trouble = await self._state_of(replica.url, version)
+            await self._open.wait()  # a paused server does not generate
+            replica.outdated, replica.trouble = await self._state_of(replica.url, wanted)
             rest = min(LONGEST_REST, 2 * rest)
             self._look_again()
 
-    async def _state_of(self, url: str, version: str) -> tuple[bool, str]:
+    async def _state_of(self, url: str, wanted: Wanted) -> tuple[bool, str]:
         """Whether the server generates with other weights, and why it cannot be asked; empty when it can."""
         try:
             health = await self._http.get(url + "/health", timeout=PROBE_TIMEOUT)
@@ -236,8 +303,9 @@ class Replicas:
         except (httpx.HTTPError, BadReply, UserError) as error:
             return False, str(error) or type(error).__name__
         found = info.get("weight_version") if isinstance(info, dict) else None
-        outdated = version not in (ANY_WEIGHTS, found)
-        return outdated, f"it has the weights {found!r} instead of {version!r}" if outdated else ""
+        if wanted.suits(found):
+            return False, ""
+        return True, f"it has the weights {found!r} instead of {wanted.version!r}"
 
 
 def _reason(response: httpx.Response) -> str:

@@ -2,13 +2,16 @@
 
 A response is asked for by itself, through SGLang's native /generate, with a seed of its own; nothing that comes back is
 believed before it is checked. Servers that honour seeds (--enable-deterministic-inference) draw the same response for
-the same (seed, prompt id, sample), up to rounding of the logits; others draw anew each time.
+the same (seed, prompt id, sample), up to rounding of the logits; others draw anew each time. Responses drawn ahead may
+be cut off by a change of weights: they keep their tokens, and the rest is asked for with the new weights.
 """
 
-import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +21,19 @@ from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.objectives.kept_ids import KeptIds
-from megatron_opd.rollout.replicas import BadReply, Body, Replicas
+from megatron_opd.rollout.cut_off import joined, weight_spans
+from megatron_opd.rollout.event_loop import EventLoopThread
+from megatron_opd.rollout.replicas import BadReply, Body, Interrupted, Replicas, Request
 from megatron_opd.rollout.sampling import Sampling
 
 SLACK = 1e-3  # nats: rounding of a server's log-probs
+
+Drawing = Future[list[Rollout]] | None  # responses on their way; None on ranks that ask for none
+
+
+def failed(drawing: Drawing) -> bool:
+    """Whether it has ended without responses, and has to be begun again; `SGLangEngine.take` says why."""
+    return drawing is not None and drawing.done() and isinstance(drawing.exception(), UserError)
 
 
 class SGLangEngine:
@@ -34,8 +46,9 @@ class SGLangEngine:
 
     def __init__(self, vocab_size: int, replica: dist.ProcessGroup | None = None) -> None:
         self._vocab_size, self._replica = vocab_size, replica
-        self._runner = asyncio.Runner()  # one event loop for all calls: connections outlive a call
+        self._loop: EventLoopThread | None = None
         self._servers: Replicas | None = None
+        self._draws_ahead = False  # whether servers may be drawing when the weights change
 
     @property
     def asks(self) -> bool:
@@ -48,13 +61,17 @@ class SGLangEngine:
         async def make() -> Replicas:
             return Replicas(urls, **options)
 
-        self._servers = self._runner.run(make())
+        self._loop = self._loop or EventLoopThread()
+        self._servers = self._loop.run(make())
 
     def close(self) -> None:
-        """Close the connections; the servers stay."""
-        if self._servers is not None:
-            self._runner.run(self._servers.close())
-        self._runner.close()
+        """Give up what is being drawn and close the connections; the servers stay, and stop drawing."""
+        if self._loop is not None:
+            assert self._servers is not None
+            self._loop.cancel()
+            self._loop.run(self._servers.close())
+            self._loop.close()
+            self._loop = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
         """`sampling.n` responses to each prompt, in prompt order, then sample order, all by weights `weight_version`.
@@ -62,10 +79,24 @@ class SGLangEngine:
         Collective over `replica`, 1 object broadcast where it has several ranks: all call it with the same arguments
         and return the same list. Raises UserError on all of them when the servers fail (see `Replicas.run`).
         """
+        return self.take(self._submit(prompts, sampling, weight_version, later=False))
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, oldest: int) -> Drawing:
+        """Begin to draw what `generate` would return, and return at once.
+
+        The weights may change meanwhile: no token is drawn by weights older than version `oldest`, and none by older
+        ones than the token before it. Not collective.
+        """
+        self._draws_ahead = True
+        return self._submit(prompts, sampling, oldest, later=True)
+
+    def take(self, drawing: Drawing) -> list[Rollout]:
+        """The responses, once all are drawn. Collective like `generate`, and raises what it raises."""
         outcome: list[list[Rollout] | UserError] = [[]]
-        if self.asks and prompts:
+        if drawing is not None:
+            assert self._loop is not None
             try:
-                outcome = [self._draw(prompts, sampling, weight_version)]
+                outcome = [self._loop.wait(drawing)]
             except UserError as error:
                 outcome = [error]
         if self._replica is not None and self._replica.size() > 1:
@@ -79,25 +110,41 @@ class SGLangEngine:
 
         All of `bodies` are asked at the same time, and have `timeout` seconds (None: `outage_timeout`).
         """
-        assert self._servers is not None, "connect comes first"
-        return self._runner.run(self._servers.fetch_each(path, bodies, timeout))
+        assert self._loop is not None and self._servers is not None, "connect comes first"
+        return self._loop.run(self._servers.fetch_each(path, bodies, timeout))
 
     def ask_all(self, path: str, body: Body = None) -> dict[str, Any]:
         """The same of all servers, with one body."""
-        assert self._servers is not None, "connect comes first"
-        return self._runner.run(self._servers.fetch_all(path, body))
+        assert self._loop is not None and self._servers is not None, "connect comes first"
+        return self._loop.run(self._servers.fetch_all(path, body))
 
-    def _draw(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
-        assert self._servers is not None, "connect comes before generate"
+    @contextmanager
+    def paused(self, *, tell: bool = True) -> Iterator[None]:
+        """`with engine.paused():` this rank asks for nothing, so that the servers can be given other weights.
+
+        With `tell`, on one rank, they draw nothing either: their responses are cut off, whichever rank has asked for
+        them, and go on afterwards. Does nothing for an engine whose responses are all taken before the weights change.
+        """
+        if not self._draws_ahead or self._servers is None:
+            yield
+            return
+        assert self._loop is not None
+        self._loop.run(self._servers.pause(tell=tell))
+        try:
+            yield
+        finally:
+            self._loop.run(self._servers.resume(tell=tell))
+
+    def _submit(self, prompts: Sequence[Prompt], sampling: Sampling, version: int, *, later: bool) -> Drawing:
+        if not self.asks or not prompts:
+            return None
+        assert self._loop is not None and self._servers is not None, "connect comes before any drawing"
         requests = [
-            (
-                request_body(prompt, sample, sampling, self._vocab_size),
-                reply_parser(prompt, sample, sampling, self._vocab_size, weight_version),
-            )
+            response_request(prompt, sample, sampling, self._vocab_size, version, later=later)
             for prompt in prompts
             for sample in range(sampling.n)
         ]
-        return self._runner.run(self._servers.run(requests, str(weight_version)))
+        return self._loop.submit(self._servers.run(requests, str(version), or_newer=later))
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
@@ -128,18 +175,73 @@ def request_body(prompt: Prompt, sample: int, sampling: Sampling, vocab_size: in
     }
 
 
+def response_request(
+    prompt: Prompt,
+    sample: int,
+    sampling: Sampling,
+    vocab_size: int,
+    version: int,
+    *,
+    later: bool,
+    begun: Rollout | None = None,
+) -> Request[Rollout]:
+    """What `Replicas.run` is given for one response, of which `begun` is there already.
+
+    All of it is drawn with weights of `version`; with `later`, also with newer ones, and it may be cut off in between.
+    The servers' noise depends on the position, so a seeded response goes on with the noise it would have had.
+    """
+    told, left = prompt, sampling
+    if begun is not None:
+        told = replace(prompt, token_ids=prompt.token_ids + begun.response_ids)
+        left = replace(sampling, max_new_tokens=sampling.max_new_tokens - len(begun.response_ids))
+    read = reply_parser(told, sample, left, vocab_size, version, later=later)
+
+    def parse(reply: Any) -> Rollout:
+        rollout = read(reply)
+        whole = rollout if begun is None else joined(begun, rollout)
+        if whole.finish_reason != "abort":
+            return whole
+        newest = whole.token_versions[-1] if whole.response_ids else version
+        rest = response_request(
+            prompt,
+            sample,
+            sampling,
+            vocab_size,
+            newest,
+            later=later,
+            begun=whole if whole.response_ids else None,
+        )
+        raise Interrupted(rest, str(newest))
+
+    return request_body(told, sample, left, vocab_size), parse
+
+
 def reply_parser(
-    prompt: Prompt, sample: int, sampling: Sampling, vocab_size: int, weight_version: int
+    prompt: Prompt,
+    sample: int,
+    sampling: Sampling,
+    vocab_size: int,
+    weight_version: int,
+    *,
+    later: bool = False,
 ) -> Callable[[Any], Rollout]:
-    """The function that makes the reply to `request_body` a rollout, or raises BadReply."""
+    """The function that makes the reply to `request_body` a rollout, or raises BadReply.
+
+    With `later`, newer weights than `weight_version` will do, and so will a response that was cut off anywhere: its
+    finish reason is "abort".
+    """
 
     def parse(reply: Any) -> Rollout:
         meta = reply.get("meta_info") if isinstance(reply, dict) else None
         if not isinstance(meta, dict):
             raise BadReply("the reply has no meta_info")
+        if later and not reply.get("output_ids") and _kind(meta.get("finish_reason")) == "abort":
+            return Rollout(prompt.id, sample, list(prompt.token_ids), [], [], "abort", weight_version)
         ids = _token_ids(reply.get("output_ids"), vocab_size)
-        reason = _finish_reason(meta.get("finish_reason"), ids, sampling)
-        _check_weights(meta, str(weight_version))
+        reason = _finish_reason(meta.get("finish_reason"), ids, sampling, later)
+        if not later:
+            _check_weights(meta, str(weight_version))
+        versions = weight_spans(meta, len(ids), weight_version) if later else [[0, weight_version]]
         if meta.get("prompt_tokens") != len(prompt.token_ids):
             raise BadReply(f"{meta.get('prompt_tokens')} prompt tokens instead of {len(prompt.token_ids)}")
         logprobs = _logprobs(meta.get("output_token_logprobs"), ids)
@@ -154,7 +256,8 @@ def reply_parser(
             response_ids=ids,
             logprobs=logprobs,
             finish_reason=reason,
-            weight_version=weight_version,
+            weight_version=versions[0][1],
+            version_changes=versions[1:],
             drawn_logprobs=drawn_logprobs,
             kept_ids=kept_ids if sampling.keep_ids else KeptIds.of(),
         )
@@ -170,14 +273,20 @@ def _token_ids(ids: Any, vocab_size: int) -> list[int]:
     return ids
 
 
-def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
-    """ "stop" or "length", as the ids themselves say it."""
-    kind = reason.get("type") if isinstance(reason, dict) else None
-    if kind == "abort":
+def _kind(reason: Any) -> Any:
+    return reason.get("type") if isinstance(reason, dict) else None
+
+
+def _finish_reason(reason: Any, ids: list[int], sampling: Sampling, later: bool) -> str:
+    """ "stop" or "length", as the ids themselves say it; with `later` also "abort"."""
+    kind = _kind(reason)
+    if kind == "abort" and not later:
         raise BadReply(f"the server aborted the response: {reason.get('message')}")
     stops = [position for position, token in enumerate(ids) if token in sampling.stop_ids]
     complete = stops[0] == len(ids) - 1 if stops else len(ids) == sampling.max_new_tokens
-    if kind not in ("stop", "length") or not complete or len(ids) > sampling.max_new_tokens:
+    if kind == "abort" and not stops and len(ids) < sampling.max_new_tokens:
+        return "abort"
+    if kind not in ("stop", "length", "abort") or not complete or len(ids) > sampling.max_new_tokens:
         raise BadReply(f"a response of {len(ids)} tokens with the finish reason {reason}")
     return "stop" if stops else "length"
 

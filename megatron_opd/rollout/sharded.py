@@ -3,7 +3,7 @@
 Decoding needs no context parallelism, so its ranks are replicas here like the data-parallel ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch.distributed as dist
@@ -35,19 +35,32 @@ def generate_sharded(
 ) -> list[Rollout]:
     """The rollouts of `prompts` in prompt order, the same list on every rank; `group` has the replicas.
 
-    Every rank gets all of them so that all pack the same microbatches without asking each other. 1 all-gather of
+    See `gathered` for collectives and errors.
+    """
+    mine = share(prompts, group)
+    return gathered(lambda: engine.generate(mine, sampling, weight_version), group)
+
+
+def share(prompts: Sequence[Prompt], group: dist.ProcessGroup) -> Sequence[Prompt]:
+    """The prompts that this replica draws responses to."""
+    replicas, replica = group.size(), group.rank()
+    return prompts[len(prompts) * replica // replicas : len(prompts) * (replica + 1) // replicas]
+
+
+def gathered(draw: Callable[[], list[Rollout]], group: dist.ProcessGroup) -> list[Rollout]:
+    """What `draw` returns on all replicas, the same list on every rank.
+
+    Every rank gets all rollouts so that all pack the same microbatches without asking each other. 1 all-gather of
     token ids and log-probs (a few kilobytes a rollout, and 4 bytes a kept id where these are recorded), none with one
     replica. What one replica raises as UserError is raised on all.
     """
-    replicas, replica = group.size(), group.rank()
-    bounds = [len(prompts) * i // replicas for i in range(replicas + 1)]
     mine: list[Rollout] | UserError
     try:
-        mine = engine.generate(prompts[bounds[replica] : bounds[replica + 1]], sampling, weight_version)
+        mine = draw()
     except UserError as error:
         mine = error
-    shares: list[list[Rollout] | UserError] = [mine] * replicas
-    if replicas > 1:
+    shares: list[list[Rollout] | UserError] = [mine] * group.size()
+    if group.size() > 1:
         dist.all_gather_object(shares, mine, group=group)
     rollouts: list[Rollout] = []
     for share in shares:

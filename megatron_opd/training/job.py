@@ -35,6 +35,7 @@ from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
+from megatron_opd.rollout.stream import RolloutStream
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import TeacherPayload
 from megatron_opd.teacher.sglang import SGLangTeacher
@@ -74,6 +75,7 @@ class Job:
     engine: RolloutEngine
     texts: Texts
     prompts: PromptStream
+    rollouts: RolloutStream
     checkpoints: CheckpointStore
 
     def notes(self, start: int) -> list[str]:
@@ -99,17 +101,7 @@ class Job:
 
         Those that are `trained` on have the kept ids if the objective reads them.
         """
-        settings = self.config.rollout
-        sampling = Sampling(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            stop_ids=self.texts.stop_ids,
-            n=samples,
-            seed=seed,
-            keep_ids=trained and self.config.objective.kept_ids_only,
-        )
+        sampling = sampling_of(self.config, self.texts, seed=seed, samples=samples, trained=trained)
         return generate_sharded(self.engine, prompts, sampling, weight_version=step, group=self.groups.dp_cp)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Update]:
@@ -268,6 +260,12 @@ def set_up(config: Config) -> Job:
     )
     # The engine draws no id that either model lacks.
     drawn = replace(checked.student, vocab_size=texts.vocab_size)
+    engine: RolloutEngine = (
+        SGLangEngine(texts.vocab_size, groups.mp)
+        if config.rollout.engine == "sglang"
+        else LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch)
+    )
+    prompts = PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle)
     return Job(
         config=config,
         layout=layout,
@@ -279,12 +277,34 @@ def set_up(config: Config) -> Job:
         served=checked.served,
         reference=reference,
         objective=objective,
-        engine=SGLangEngine(texts.vocab_size, groups.mp)
-        if config.rollout.engine == "sglang"
-        else LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch),
+        engine=engine,
         texts=texts,
-        prompts=PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle),
+        prompts=prompts,
+        rollouts=RolloutStream(
+            engine,
+            prompts,
+            sampling_of(config, texts, seed=config.seed, samples=config.rollout.samples_per_prompt),
+            groups.dp_cp,
+            prompts_per_step=config.rollout.prompts_per_step,
+            max_staleness=config.rollout.max_staleness,
+            last=config.training.steps,
+        ),
         checkpoints=checkpoint_store(config, checked, texts, groups),
+    )
+
+
+def sampling_of(config: Config, texts: Texts, *, seed: int, samples: int, trained: bool = True) -> Sampling:
+    """How the run draws `samples` responses to a prompt, with the noise of `seed`."""
+    settings = config.rollout
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        stop_ids=texts.stop_ids,
+        n=samples,
+        seed=seed,
+        keep_ids=trained and config.objective.kept_ids_only,
     )
 
 

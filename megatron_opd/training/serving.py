@@ -9,6 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_opd.config.rollout import SGLangConfig
+from megatron_opd.data.rollouts import Rollout
+from megatron_opd.rollout.replicas import WeightsLost
 from megatron_opd.rollout.servers import Servers, ServerSettings
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.training.job import Job
@@ -20,6 +22,15 @@ from megatron_opd.weight_sync.transport import Transport
 
 Publish = Callable[[int], float]
 """`publish(step)` has all later rollouts drawn with the weights of now; returns the seconds it took."""
+
+
+def drawn(draw: Callable[[], list[Rollout]], publish: Publish, step: int) -> list[Rollout]:
+    """What `draw` returns; once more if servers have restarted without the weights of `step`, which they get again."""
+    try:
+        return draw()
+    except WeightsLost:
+        publish(step)
+        return draw()
 
 
 def unserved(step: int) -> float:

@@ -96,6 +96,8 @@ class WeightSync:
         if start:
             self._on_rank_0(WeightSync._check, weights, self._urls)
         else:
+            if self._syncs == 0:
+                self._on_rank_0(WeightSync._wake)
             self._give(weights)
         self._forget_older(weights.exported)
         self._syncs += 1
@@ -125,16 +127,22 @@ class WeightSync:
         self._servers.start(weights.exported, weights.version)
         return self._servers.urls, self._servers.api_key
 
+    def _wake(self) -> None:
+        """A run that was killed while servers of somebody else were paused has left them so."""
+        self._engine.ask("/continue_generation", {url: {} for url in self._urls}, ANSWER_TIMEOUT)
+
     def _give(self, weights: Outgoing) -> None:
         """Attempts until one server at least has the weights."""
         deadline = time.monotonic() + self._options["outage_timeout"]
         failed: dict[str, Trouble] = {}  # servers that lack the weights, and why; rank 0's
         done = False
+        rank_0 = dist.get_rank() == 0
         while not done:
-            with self._servers.updating() if self._servers else nullcontext():
+            updating = self._servers.updating() if self._servers else nullcontext()
+            with updating, self._engine.paused(tell=rank_0):
                 takers = self._on_rank_0(WeightSync._announce, weights, failed)
                 if takers:
-                    urls = takers if dist.get_rank() == 0 else []
+                    urls = takers if rank_0 else []
                     failed |= self._transport.send(weights, self._engine.ask, urls)
                 done = self._on_rank_0(WeightSync._finish, weights, takers, failed)
             if not done:

@@ -26,6 +26,7 @@ SERVED = {"engine": "sglang", "sglang": {"python": "/venv/bin/python"}}
             "weight_sync": "tensor",
         },
         {"engine": "sglang", "sglang": {"urls": ["http://a:1"]}, "weight_sync": "distributed"},
+        {**SERVED, "max_staleness": 2},
         {**SERVED, "sglang": {"python": "p", "arguments": ["--tp-size", "2"], "servers": 2, "host": "::"}},
     ],
 )
@@ -37,6 +38,7 @@ def test_engines_that_fit(rollout: dict[str, Any]) -> None:
     ("rollout", "message"),
     [
         ({"sglang": {"servers": 2}}, "rollout.sglang: the engine local reads nothing of it"),
+        ({"max_staleness": 1}, "rollout.max_staleness: the engine local draws with the student itself"),
         ({"engine": "sglang"}, "give either python"),
         ({"weight_sync": "tensor"}, "rollout.weight_sync: the engine local has the student's weights anyway"),
         (

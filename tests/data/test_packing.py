@@ -23,7 +23,7 @@ def rollout(prompt: list[int], response: list[int], name: int = 0) -> Rollout:
     logprobs = [-(name + (i + 1) / 128) for i in range(len(response))]
     drawn = [logprob + 1 / 256 for logprob in logprobs]
     kept = KeptIds.of([[1000 + i] * (i % 3) + [token] for i, token in enumerate(response)])
-    return Rollout(str(name), 0, prompt, response, logprobs, "length", 0, drawn, kept)
+    return Rollout(str(name), 0, prompt, response, logprobs, "length", 0, drawn_logprobs=drawn, kept_ids=kept)
 
 
 @st.composite

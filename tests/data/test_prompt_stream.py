@@ -45,6 +45,13 @@ def test_the_batch_size_does_not_change_the_order():
     assert one.take(20) == [prompt for _ in range(10) for prompt in two.take(2)]
 
 
+def test_what_is_seen_ahead_is_what_comes_and_moves_nothing():
+    stream = PromptStream(prompts(7), 3)
+    ahead = stream.peek(4, skip=5)
+    assert stream.state_dict() == {"position": 0}
+    assert stream.take(9)[5:] == ahead
+
+
 def test_epochs_and_seeds_differ_and_the_order_is_pinned():
     drawn = [prompt.id for prompt in PromptStream(prompts(8), 0).take(16)]
     first, second = [i.split("@")[0] for i in drawn[:8]], [i.split("@")[0] for i in drawn[8:]]

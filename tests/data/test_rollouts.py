@@ -22,6 +22,7 @@ rollouts = st.builds(
     weight_version=st.integers(0, 1000),
     drawn_logprobs=st.lists(st.floats(max_value=0, allow_nan=False), max_size=5),
     kept_ids=st.builds(KeptIds.of, st.lists(st.lists(st.integers(0, 200_000), max_size=6), max_size=5)),
+    version_changes=st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), max_size=2),
 )
 ONE = Rollout("3@0", 0, [1, 2], [3], [-0.1], "stop", 4)
 
@@ -41,6 +42,12 @@ def test_what_a_cut_did_is_written_only_if_there_was_one(tmp_path):
     assert ONE.drawn_logprobs == ONE.logprobs and len(ONE.kept_ids) == 0
     assert set(other) - set(plain) == {"drawn_logprobs", "kept_ids"}
     assert read_rollouts(path) == [ONE, cut] and read_rollouts(path)[1].kept_ids.lists() == [[3, 70000]]
+
+
+def test_every_token_has_the_version_of_its_weights():
+    assert ONE.token_versions == [4]
+    cut = Rollout("3@0", 0, [1], [2, 3, 4, 5], [-0.1] * 4, "length", 4, [[1, 5], [3, 7]])
+    assert cut.token_versions == [4, 5, 5, 7]
 
 
 def test_text_for_people_is_written_and_ignored_when_read(tmp_path):

@@ -41,7 +41,7 @@ def test_a_sound_disk_takes_everything(tmp_path: Path) -> None:
         log.record(1, ROW, [ROLLOUT])
         log.summarise(checkpoint=tmp_path / "latest", export=None)
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert {"metrics.jsonl", "rollouts/step_00000001.jsonl", "curve.png"} <= written
+    assert {"metrics.jsonl", "rollouts/step_00000001.jsonl", "rollouts/ledger.jsonl", "curve.png"} <= written
 
 
 def test_what_a_served_teacher_lets_one_know_is_told_and_drawn(
@@ -58,7 +58,7 @@ def test_what_a_served_teacher_lets_one_know_is_told_and_drawn(
 
 def test_a_full_disk_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    monkeypatch.setattr("megatron_opd.report.metrics.os.fsync", no_space)
+    monkeypatch.setattr("megatron_opd.report.step_lines.os.fsync", no_space)
     with pytest.raises(UserError, match=refused(tmp_path, "no space left on device")):
         open_log(tmp_path)
 
@@ -70,7 +70,7 @@ def test_a_run_directory_below_a_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_under_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_opd.report.metrics._cut_back", lambda *_: None)
+    monkeypatch.setattr("megatron_opd.report.step_lines._cut_back", lambda *_: None)
     fill(tmp_path / "metrics.jsonl")
     with (
         pytest.raises(UserError, match=refused(tmp_path, "no space left on device")),
@@ -113,7 +113,7 @@ def test_another_error_of_the_system_keeps_its_traceback(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with open_log(tmp_path) as log:
-        monkeypatch.setattr("megatron_opd.report.metrics.os.fsync", broken)
+        monkeypatch.setattr("megatron_opd.report.step_lines.os.fsync", broken)
         with pytest.raises(OSError, match="Input/output error"):
             log.record(1, ROW, [ROLLOUT])
 

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,7 +13,7 @@ from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.servers import Servers, ServerSettings
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.train import draw
+from megatron_opd.training.serving import drawn
 from megatron_opd.weight_sync import transport as transports
 from megatron_opd.weight_sync.distributed import DistributedTransport
 from megatron_opd.weight_sync.sync import WeightSync
@@ -105,9 +104,6 @@ def lose_servers(model: Path, folder: Path, python: Path) -> dict[str, Any]:
         answers = engine.ask_all("/model_info").values()
         return [answer.get("weight_version") if isinstance(answer, dict) else None for answer in answers]
 
-    job: Any = SimpleNamespace(
-        draw=lambda prompts, step, seed, samples: engine.generate(prompts, SAMPLING, weight_version=step)
-    )
     bucket_bytes, transports.BUCKET_BYTES = transports.BUCKET_BYTES, 100_000
     try:
         publish(0)
@@ -119,9 +115,9 @@ def lose_servers(model: Path, folder: Path, python: Path) -> dict[str, Any]:
         transport.kill = functools.partial(kill, servers, 0)
         publish(2)
         one = versions()
-        first = draw(job, publish, PROMPTS, step=2, seed=7, samples=1)
+        first = drawn(lambda: engine.generate(PROMPTS, SAMPLING, 2), publish, 2)
         kill(servers, 1)
-        second = draw(job, publish, PROMPTS, step=2, seed=7, samples=1)
+        second = drawn(lambda: engine.generate(PROMPTS, SAMPLING, 2), publish, 2)
         tokens = second[0].prompt_ids + second[0].response_ids
         logprobs = full_logits(chunks[0], sync._arch, tokens[:-1]).log_softmax(-1)
         expected = [

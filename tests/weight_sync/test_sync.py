@@ -1,6 +1,8 @@
 """Weights by every transport: after a push a real server draws with the student's, whatever the student's layout."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.rollout.replicas import BadReply
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.rollout.sharded import generate_sharded
+from megatron_opd.rollout.sharded import gathered, generate_sharded, share
 from megatron_opd.weight_sync import transport as transports
 from megatron_opd.weight_sync.checksums import SampleChecksums, check_servers
 from megatron_opd.weight_sync.disk import DiskTransport
@@ -157,6 +159,57 @@ def test_greedy_responses_are_those_of_the_folder_itself(
     rollouts, _ = gloo(1, push_and_draw, *arguments)[0]
     assert [each.response_ids for each in rollouts] == [each.response_ids for each in expected]
     assert [each.response_ids for each in rollouts] != [each.response_ids for each in before]
+
+
+def push_while_drawing(
+    model: Path, url: str, folder: Path, make: Make
+) -> tuple[list[Rollout], dict[str, Any]]:
+    """Version 2 goes to a server that is drawing with version 1."""
+    chunks, arch, groups = load(model, ParallelLayout(data=2))
+    engine = SGLangEngine(arch.vocab_size, groups.mp)
+    options = {"outage_timeout": 60.0, "concurrency": 8}
+    sync = WeightSync(
+        engine,
+        make(folder),
+        arch,
+        groups,
+        source=model,
+        folder=folder,
+        servers=None,
+        urls=[url],
+        api_key=None,
+        options=options,
+        say=print,
+    )
+    engine.connect([url], **options)
+    sampling = replace(SAMPLING, max_new_tokens=80, n=3)
+    drawing = engine.submit(share(PROMPTS, groups.dp_cp), sampling, 1)
+    assert engine._servers is not None
+    while not engine._servers.replicas[0].in_flight:
+        time.sleep(0.001)
+    sync._syncs, sync._urls = 1, [url]  # not the first push, which would connect anew
+    try:
+        sync.push(chunks, 2)
+        rollouts = gathered(lambda: engine.take(drawing), groups.dp_cp)
+        return rollouts, engine.ask_all("/model_info")
+    finally:
+        sync.close()
+
+
+@pytest.mark.parametrize("make", [DiskTransport, tensor, distributed])
+def test_responses_that_a_push_cuts_off_go_on_with_the_new_weights(
+    gloo: GlooPools, served: SGLangServer, tmp_path: Path, make: Make
+) -> None:
+    served.load(served.models[0], "1")
+    arguments = (served.models[1], served.url, tmp_path / "weights", make)
+    (rollouts, infos), (others, _) = gloo(2, push_while_drawing, *arguments)
+    assert rollouts == others and infos[served.url]["weight_version"] == "2"
+    by_model = [gloo(1, training_logprobs, model, rollouts, "fp32")[0] for model in served.models]
+    assert {version for each in rollouts for version in each.token_versions} <= {1, 2}
+    assert any(each.token_versions[-1] == 2 for each in rollouts)
+    for row, rollout in enumerate(rollouts):
+        expected = [by_model[version - 1][row][token] for token, version in enumerate(rollout.token_versions)]
+        assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 def push_cut_short(
