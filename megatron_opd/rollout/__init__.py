@@ -9,8 +9,7 @@
 - `cut_off`: responses that a change of weights has cut off.
 - `event_loop`: the thread in which responses of servers are waited for.
 - `stream`: the rollouts of step after step, some of them drawn ahead.
-- `sharded`: what an engine is, and how the replicas (data x context parallel) each
-  generate a share.
+- `sharded`: what an engine is, and how the replicas (data x context parallel) each generate a share.
 
-May import models, parallel and data; never training, teacher or checkpoint.
+May import models, parallel, data and `objectives.kept_ids`; never training, teacher or checkpoint.
 """
