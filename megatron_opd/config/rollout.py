@@ -26,8 +26,8 @@ class SGLangConfig(Section):
     urls: list[Annotated[str, Field(pattern="^https?://[^/]+$")]] = Field(
         [],
         description="Servers that run already, such as http://node1:30000; their key, if any, is the environment "
-        "variable SGLANG_API_KEY. Those of rollouts must see run_dir and serve the student's architecture, those "
-        "of a teacher the model of teacher.path.",
+        "variable SGLANG_API_KEY. Those of rollouts serve the student's architecture (and see run_dir with weight_sync "
+        "disk), those of a teacher the model of teacher.path.",
     )
     concurrency: PositiveInt = Field(
         64, description="Requests at a server at once, from each replica of the student."

@@ -90,7 +90,10 @@ def read_rollouts(path: Path) -> list[Rollout]:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
             found = set(record) - TEXT_FIELDS if isinstance(record, dict) else set()
             if not known - CUT_FIELDS <= found <= known:
-                raise UserError(f"{path}, line {number}: a rollout needs exactly the fields {sorted(known)}")
+                raise UserError(
+                    f"{path}, line {number}: a rollout needs exactly the fields {sorted(known - CUT_FIELDS)}, and may "
+                    f"have {sorted(CUT_FIELDS)}"
+                )
             values = {name: record[name] for name in found}
             if "kept_ids" in values:
                 values["kept_ids"] = _unpacked(values["kept_ids"])

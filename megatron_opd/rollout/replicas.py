@@ -268,12 +268,13 @@ class Replicas:
         troubles = "; ".join(f"{replica.url}: {replica.trouble}" for replica in self.replicas)
         return (
             f"{self._key}: none of {len(self.replicas)} servers has worked for {seconds:g} s "
-            f"({troubles}): see the logs in run_dir/servers, then resume"
+            f"({troubles}): see their logs (run_dir/servers), then resume"
         )
 
     def _rest(self, replica: Replica, trouble: str, wanted: Wanted) -> None:
         """Give the server no requests until a probe succeeds; requests that fail together count once."""
         if not replica.trouble:
+            self._working = time.monotonic()  # until now it did
             replica.trouble = trouble
             replica.failures += 1
             self._probe_later(replica, wanted)

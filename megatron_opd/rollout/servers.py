@@ -57,6 +57,7 @@ class _Server:
         default_factory=itertools.count().__next__
     )  # over all sets of servers of this process
     process: subprocess.Popen[bytes] | None = None
+    model: Path | None = None  # the folder that it has started with
     started: float = 0.0
     ready: bool = False
     failed_checks: int = 0
@@ -123,6 +124,10 @@ class Servers:
     def load_from(self, model: Path, version: str) -> None:
         """A server that is started from now on begins with these weights."""
         self._weights = (model.absolute(), version)
+
+    def starting_from(self) -> set[Path]:
+        """Folders of weights that servers which do not answer yet may still have to read."""
+        return {server.model for server in self._servers if server.model is not None and not server.ready}
 
     def restart(self, url: str) -> None:
         """End a server that did not take its weights; the watch starts it again. One that starts already may go on."""
@@ -199,6 +204,7 @@ class Servers:
                 start_new_session=True,
             )
         server.started, server.ready, server.failed_checks = time.monotonic(), False, 0
+        server.model = self._weights[0] if self._weights is not None else None
 
     def _wait_until_ready(self, began: float) -> None:
         spoken = began

@@ -235,7 +235,10 @@ def reply_parser(
         meta = reply.get("meta_info") if isinstance(reply, dict) else None
         if not isinstance(meta, dict):
             raise BadReply("the reply has no meta_info")
-        if later and not reply.get("output_ids") and _kind(meta.get("finish_reason")) == "abort":
+        nothing = (
+            not reply.get("output_ids") or "prompt_tokens" not in meta
+        )  # the latter when it was not running
+        if later and nothing and _kind(meta.get("finish_reason")) == "abort":
             return Rollout(prompt.id, sample, list(prompt.token_ids), [], [], "abort", weight_version)
         ids = _token_ids(reply.get("output_ids"), vocab_size)
         reason = _finish_reason(meta.get("finish_reason"), ids, sampling, later)

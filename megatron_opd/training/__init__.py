@@ -3,6 +3,7 @@
 - `student`: the trained model with its DDP wrapper, optimizer and learning-rate schedule.
 - `update`: microbatches and teacher payloads -> loss, gradients, one optimizer step, statistics.
 - `score`: log-probabilities of the sampled tokens, or likeliest ids, under a model as it is now.
+- `agreement`: whether rollout engine and training engine give tokens the same probability.
 - `router_metrics`: how evenly a student with experts used them.
 - `job`: config -> the objects of a run (groups, student, teacher, engine, prompts); `models`: its models.
 - `serving`, `teaching`: the SGLang servers of a run, those that draw and those of the teacher.

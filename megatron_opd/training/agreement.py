@@ -59,6 +59,8 @@ def alarm(metrics: Mapping[str, float], rollout: RolloutConfig) -> str | None:
     if share is None or allowed is None or share <= allowed:
         return None
     causes = "precision, server arguments" if rollout.engine == "sglang" else "precision"
+    if rollout.max_staleness:
+        causes += f", the {rollout.max_staleness} steps that rollouts may be old"
     return (
         f"rollout and training disagree: log-probs of {share:.1%} of the tokens differ by more than "
         f"{rollout.mismatch_threshold:g} nats (rollout.mismatch_alarm {allowed:.1%}; mean "

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from megatron_opd.weight_sync.distributed import DistributedTransport
 from megatron_opd.weight_sync.sync import WeightSync
 from megatron_opd.weight_sync.tensor import TensorTransport
 from megatron_opd.weight_sync.transport import Transport
+
+SAMPLING_MASK = 4096  # ids of a cut that SGLang tells by itself
 
 Publish = Callable[[int], float]
 """`publish(step)` has all later rollouts drawn with the weights of now; returns the seconds it took."""
@@ -69,7 +72,9 @@ def build_sync(job: Job, engine: SGLangEngine, say: Callable[[str], None]) -> We
     folder = job.config.run_dir / "servers"
     servers = None
     if not config.urls and dist.get_rank() == 0:
-        servers = Servers(server_settings(job, config), folder, say)
+        settings = server_settings(job, config)
+        settings = replace(settings, arguments=(*settings.arguments, *mask_arguments(job)))
+        servers = Servers(settings, folder, say)
     return WeightSync(
         engine,
         transport(job, folder / "weights"),
@@ -112,7 +117,7 @@ def server_settings(job: Job, config: SGLangConfig) -> ServerSettings:
         stop_ids=job.texts.stop_ids,
         start_timeout=config.outage_timeout,
         host=config.host,
-        arguments=(*config.arguments, *mask_arguments(job)),
+        arguments=tuple(config.arguments),
     )
 
 
@@ -121,4 +126,5 @@ def mask_arguments(job: Job) -> tuple[str, ...]:
     rollout, vocab_size = job.config.rollout, job.texts.vocab_size
     if rollout.top_p == 1 and rollout.top_k == 0:
         return ()
-    return ("--sampling-mask-max-tokens", str(min(2 * rollout.top_k or vocab_size, vocab_size)))
+    limit = max(2 * rollout.top_k, SAMPLING_MASK) if rollout.top_k else vocab_size
+    return ("--sampling-mask-max-tokens", str(min(limit, vocab_size)))

@@ -26,7 +26,7 @@ def send_buckets(weights: Outgoing, ask: Ask, urls: Sequence[str], give: Give) -
             began = [url for url in urls if url not in troubles]
             for bucket in buckets:
                 if taking := [url for url in urls if url not in troubles]:
-                    troubles |= give(bucket, taking)
+                    troubles = give(bucket, taking) | troubles
             # Also where a bucket failed, so that the next update can begin.
             troubles = troubles_of(ask("/end_weight_update", {url: {} for url in began})) | troubles
     finally:

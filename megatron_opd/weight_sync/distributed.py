@@ -70,6 +70,7 @@ class _Group:
     def give(self, bucket: Bucket, taking: Sequence[str]) -> dict[str, Trouble]:
         """Broadcast a bucket to all servers; the first makes the group."""
         if self._group is None:
+            self._urls = list(taking)
             try:
                 troubles = self._join()
             except (OSError, dist.DistError) as error:  # an unknown host name, no port to listen at

@@ -211,11 +211,14 @@ class WeightSync:
         check_servers(sums, weights.sample.sums() if on_cpu else None)
 
     def _forget_older(self, newest: Path | None) -> None:
-        """Remove exports but the newest and the one before it, which a server that starts just now may be reading."""
-        if newest is not None and dist.get_rank() == 0:
-            self._exports = [*(path for path in self._exports if path != newest), newest]
-            while len(self._exports) > 2:
-                shutil.rmtree(self._exports.pop(0), ignore_errors=True)
+        """Remove exports but the newest, the one before it, and those that servers are just starting from."""
+        if newest is None or dist.get_rank() > 0:
+            return
+        exports = [*(path for path in self._exports if path != newest), newest]
+        needed = self._servers.starting_from() if self._servers is not None else set()
+        self._exports = [path for path in exports if path in exports[-2:] or path.absolute() in needed]
+        for path in set(exports) - set(self._exports):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _version(version: str) -> dict[str, Any]:
