@@ -266,9 +266,9 @@ class Servers:
             return
         answers = self._answers(server, HEALTH_TIMEOUT if server.ready else 5.0)
         server.checked = time.monotonic()
-        if answers and not server.ready:
+        back, server.ready = answers and not server.ready, server.ready or answers
+        if back:
             self._say(f"SGLang: server {server.port} is back after {now - server.started:.0f} s")
-        server.ready = server.ready or answers
         server.failed_checks = 0 if answers else server.failed_checks + 1
         if server.ready and server.failed_checks >= UNHEALTHY_LIMIT:
             self._end(server)

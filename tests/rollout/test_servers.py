@@ -141,8 +141,10 @@ def test_the_dead_and_the_hanging_are_restarted_but_not_for_ever(
         while not any(str(tmp_path / "newer") in child.cmdline() for child in psutil.Process().children()):
             assert time.monotonic() < deadline, "restarted with the newest weights"
             time.sleep(0.05)
+        loading = servers.starting_from()
         servers.restart(url)  # which it does already
         wait_for(said, "is back", times=2)
+        assert loading == {tmp_path / "newer"} and not servers.starting_from()
         servers.restart(url)
         wait_for(said, "given up after 2 restarts")
     finally:
