@@ -34,6 +34,19 @@ def sglang_python() -> Path:
     return python
 
 
+def tiny_settings(python: Path, *, start_timeout: float, count: int = 1) -> ServerSettings:
+    """How servers of tiny models are started: float32, honouring seeds."""
+    return ServerSettings(
+        python=python,
+        count=count,
+        dtype="float32",
+        longest=LONGEST,
+        concurrency=16,
+        start_timeout=start_timeout,
+        arguments=SEEDED if not torch.cuda.is_available() else SEEDED[:1],
+    )
+
+
 @dataclass
 class SGLangServer:
     """A running server. `models` are its Hugging Face folders, of one architecture; it starts with the first."""
@@ -75,16 +88,7 @@ def sglang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     for seed, path in enumerate(models):
         save_tiny_model(path, seed=seed, tied=False)
     said: list[str] = []
-    settings = ServerSettings(
-        python=python,
-        count=1,
-        dtype="float32",
-        longest=LONGEST,
-        concurrency=16,
-        start_timeout=300.0,
-        arguments=SEEDED if not torch.cuda.is_available() else SEEDED[:1],
-    )
-    servers = Servers(settings, folder / "servers", said.append)
+    servers = Servers(tiny_settings(python, start_timeout=300.0), folder / "servers", said.append)
     servers.start(models[0], "0")
     try:
         yield SGLangServer(servers, models, said)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -85,11 +86,7 @@ def build_sync(job: Job, engine: SGLangEngine, say: Callable[[str], None]) -> We
         servers=servers,
         urls=config.urls,
         api_key=os.environ.get("SGLANG_API_KEY") if config.urls else None,
-        options={
-            "concurrency": config.concurrency,
-            "request_timeout": config.request_timeout,
-            "outage_timeout": config.outage_timeout,
-        },
+        options=client_options(config),
         say=say,
     )
 
@@ -103,6 +100,15 @@ def transport(job: Job, folder: Path) -> Transport:
             return TensorTransport()
         case "distributed":
             return DistributedTransport(job.device)
+
+
+def client_options(config: SGLangConfig) -> dict[str, Any]:
+    """How these servers are asked: options of `Replicas`."""
+    return {
+        "concurrency": config.concurrency,
+        "request_timeout": config.request_timeout,
+        "outage_timeout": config.outage_timeout,
+    }
 
 
 def server_settings(job: Job, config: SGLangConfig) -> ServerSettings:

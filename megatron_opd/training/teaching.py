@@ -13,7 +13,7 @@ from megatron_opd.rollout.servers import Servers
 from megatron_opd.teacher.contract import check_contract
 from megatron_opd.teacher.sglang import SGLangTeacher
 from megatron_opd.training.job import Job
-from megatron_opd.training.serving import server_settings
+from megatron_opd.training.serving import client_options, server_settings
 
 SELF_TEST_TOKENS = 16
 
@@ -47,11 +47,9 @@ def teaching(job: Job, say: Callable[[str], None]) -> Iterator[None]:
             teacher.connect(
                 urls,
                 api_key=key,
-                concurrency=config.concurrency,
-                request_timeout=config.request_timeout,
-                outage_timeout=config.outage_timeout,
                 first=job.groups.dp.rank(),
                 key="teacher.sglang",
+                **client_options(config),
             )
         check(job, teacher)
         yield

@@ -11,7 +11,7 @@ import torch
 
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.rollout.sampling import Sampling
-from megatron_opd.rollout.servers import Servers, ServerSettings
+from megatron_opd.rollout.servers import Servers
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.training.serving import drawn
 from megatron_opd.weight_sync import transport as transports
@@ -20,7 +20,7 @@ from megatron_opd.weight_sync.sync import WeightSync
 from megatron_opd.weight_sync.transport import Ask, Outgoing, Transport, Trouble
 from tests.gloo_pool import GlooPools
 from tests.rollout.models import PROMPTS, full_logits, load
-from tests.sglang_server import LONGEST, SEEDED, sglang_python
+from tests.sglang_server import sglang_python, tiny_settings
 from tests.tiny import save_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=12, seed=7)
@@ -54,16 +54,7 @@ def start(
     """The model, an engine, and a sync that starts two servers at its first push."""
     chunks, arch, groups = load(model, ParallelLayout())
     engine = SGLangEngine(arch.vocab_size, groups.mp)
-    settings = ServerSettings(
-        python=python,
-        count=2,
-        dtype="float32",
-        longest=LONGEST,
-        concurrency=16,
-        start_timeout=START_TIMEOUT,
-        arguments=SEEDED if not torch.cuda.is_available() else SEEDED[:1],
-    )
-    servers = Servers(settings, folder, said.append)
+    servers = Servers(tiny_settings(python, start_timeout=START_TIMEOUT, count=2), folder, said.append)
     sync = WeightSync(
         engine,
         transport,
