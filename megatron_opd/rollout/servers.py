@@ -190,7 +190,9 @@ class Servers:
             cores = sorted(os.sched_getaffinity(0))
             environment |= {
                 "SGLANG_USE_CPU_ENGINE": "1",
-                # Threads that share a core with other work wait for each other most of the time.
+                # Threads that share a core with other work wait for each other most of the time: a core a server.
+                # SGLang reads the second line where its own kernels are, the first holds everywhere.
+                "OMP_NUM_THREADS": "1",
                 "SGLANG_CPU_OMP_THREADS_BIND": str(cores[server.number % len(cores)]),
             }
         command = [sys.executable, guard.__file__, str(os.getpid()), *self.command(server.port)]
