@@ -53,10 +53,14 @@ def largest_errors(url: str, folder: Path, *, k: int, named: bool, request_token
     teacher = SGLangTeacher(groups, vocab_size=arch.vocab_size, k=k, request_tokens=request_tokens)
     teacher.connect([url], concurrency=16)
     payloads = teacher.score(packed, given if named else None)
+    sampled = teacher.score(packed, k=0)
     teacher.close()
     errors: dict[str, Any] = {"sampled": 0.0, "support": 0.0, "same ids": True, "shapes": set()}
-    for payload, full_NV, microbatch, ids_NK in zip(payloads, truth, packed, given, strict=True):
-        assert isinstance(payload, ServedLogprobs)
+    for payload, alone, full_NV, microbatch, ids_NK in zip(
+        payloads, sampled, truth, packed, given, strict=True
+    ):
+        assert isinstance(payload, ServedLogprobs) and isinstance(alone, ServedLogprobs)
+        assert alone.ids is None and torch.allclose(alone.logprob, payload.logprob, atol=1e-5)
         targets_N1 = microbatch.targets_T[microbatch.mask_T][:, None]
         gap = (payload.logprob - full_NV.gather(1, targets_N1)[:, 0]).abs().max()
         errors["sampled"] = max(errors["sampled"], float(gap))
