@@ -87,8 +87,8 @@ class SGLangTeacher:
         """One payload a microbatch on the last pipeline stage, None on the others.
 
         `ids` [n, K] int64 of each microbatch, on the last stage, are the support in the place of the teacher's k
-        likeliest; the same K everywhere, the same ids on all ranks of a tensor-parallel group. `k` counts instead of the
-        teacher's: with 0 the sampled tokens alone are scored.
+        likeliest; the same K everywhere, the same ids on all ranks of a tensor-parallel group. `k` replaces the
+        teacher's own: with 0 the sampled tokens alone are scored.
 
         Collectives: over context-parallel ranks 1 all-gather a microbatch (2 with `ids`) and 1 broadcast, over
         tensor-parallel ones 1 broadcast, and 1 object all-gather over WORLD. Raises UserError on every rank of it when
