@@ -11,6 +11,7 @@ import multiprocessing.forkserver
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,12 +35,14 @@ def forking() -> ForkServerContext:
     return multiprocessing.get_context("forkserver")
 
 
-def run_forked(*arguments: object, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
-    """The command line `arguments` in a forked process: exit code, stdout and stderr."""
+def run_forked(
+    *arguments: object, program: Callable[[list[str]], None] = main, timeout: float = 300.0
+) -> subprocess.CompletedProcess[str]:
+    """`program` with these arguments in a forked process: exit code, stdout and stderr."""
     words = [str(argument) for argument in arguments]
     with TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = forking().Process(target=_command, args=(words, files))
+        process = forking().Process(target=_run, args=(program, words, files))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -48,8 +51,8 @@ def run_forked(*arguments: object, timeout: float = 300.0) -> subprocess.Complet
         return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))
 
 
-def _command(words: list[str], files: list[Path]) -> None:
+def _run(program: Callable[[list[str]], None], words: list[str], files: list[Path]) -> None:
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
         stream.flush()
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), stream.fileno())
-    main(words)
+    program(words)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked import run_forked
 from tests.sglang_server import SEEDED, sglang_python
 from tests.test_train import inputs, metrics, run, write_config
 from tests.test_train_sglang import servers_of
@@ -34,5 +35,5 @@ def test_a_run_learns_from_a_teacher_that_it_serves(inputs, tmp_path, engine):
     assert (run_dir / "curve.png").is_file() and (run_dir / "servers/teacher/server-0.log").is_file()
     assert not servers_of(run_dir) and not servers_of(inputs.parent)
 
-    again = run("train", config)  # finished: no server is started
+    again = run_forked("train", config)  # finished: no server is started
     assert again.returncode == 0 and "ready after" not in again.stdout

@@ -12,6 +12,7 @@ import psutil
 
 from megatron_opd.checkpoint.store import published
 from tests.data.tiny_tokenizer import save_tokenizer
+from tests.forked import run_forked
 from tests.sglang_server import SEEDED, SGLangServer, sglang_python
 from tests.test_train import check_ledger, command, inputs, metrics, run, write_config
 from tests.tiny import save_tiny_model
@@ -104,7 +105,7 @@ def test_a_run_with_rollouts_ahead_is_killed_and_loses_none(inputs, tmp_path, sg
     )
     try:
         kill(start_and_wait(config, run_dir), [])
-        again = run("train", config)
+        again = run_forked("train", config)
     finally:
         with sglang.engine() as engine:
             engine.ask_all("/continue_generation", {})  # a killed run may have left it paused
