@@ -157,7 +157,7 @@ def test_an_interleaved_pipeline_trains_alike_and_goes_on_in_another_layout(inpu
     config = write_config(inputs, other, **settings)
     interleaved = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "training.steps=4")
     for changes in (interleaved, ("parallel.tensor=2",)):
-        done = run("launch", "local", config, *changes)
+        done = run_forked("launch", "local", config, *changes)
         assert done.returncode == 0, done.stderr
     assert "resuming at step 4" in done.stdout
     for row, expected in zip(metrics(other), metrics(one), strict=True):
@@ -177,7 +177,7 @@ def _kill_rank(launcher: subprocess.Popen[str], rank: int) -> None:
 def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = {"parallel__data": 2, "training__steps": 40, "checkpoint__save_every": 3}
-    assert run("launch", "local", write_config(inputs, whole, **settings)).returncode == 0
+    assert run_forked("launch", "local", write_config(inputs, whole, **settings)).returncode == 0
 
     config = write_config(inputs, killed, **settings)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -194,7 +194,7 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     assert "killed by SIGKILL" in message and "resume" in message
     assert metrics(killed)[-1]["step"] < 40
 
-    again = run("launch", "local", config)
+    again = run_forked("launch", "local", config)
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stdout
     assert metrics(killed) == metrics(whole)
@@ -205,11 +205,11 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
 def test_sequences_shared_by_two_processes_give_the_same_run(inputs, tmp_path):
     """Context parallelism, five prompts over two processes, sampled log-probs kept for a second update."""
     rows, settings = [], {"rollout__prompts_per_step": 5, "training__updates_per_rollout": 2}
-    for start, context in (partial(run_forked, "train"), 1), (partial(run, "launch", "local"), 2):
+    for command, context in (("train",), 1), (("launch", "local"), 2):
         config = write_config(
             inputs, tmp_path / f"context-{context}", parallel__context=context, training__steps=3, **settings
         )
-        done = start(config)
+        done = run_forked(*command, config)
         assert done.returncode == 0, done.stderr
         rows.append(metrics(tmp_path / f"context-{context}"))
     assert len(rows[0]) == len(rows[1]) == 4

@@ -6,7 +6,7 @@ import pytest
 
 from tests.forked import run_forked
 from tests.sglang_server import SEEDED, sglang_python
-from tests.test_train import inputs, metrics, run, write_config
+from tests.test_train import inputs, metrics, write_config
 from tests.test_train_sglang import servers_of
 
 __all__ = ["inputs"]
@@ -22,7 +22,7 @@ def test_a_run_learns_from_a_teacher_that_it_serves(inputs, tmp_path, engine):
     config = write_config(
         inputs, run_dir, **changes, teacher__request_tokens=5, objective__preset="lsm", training__steps=12
     )
-    done = run("train", config)
+    done = run_forked("train", config)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SGLang: 1 ready after") == (2 if engine == "sglang" else 1)
     assert "held-out reverse KL, estimated from sampled tokens: " in done.stdout

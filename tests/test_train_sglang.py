@@ -14,7 +14,7 @@ from megatron_opd.checkpoint.store import published
 from tests.data.tiny_tokenizer import save_tokenizer
 from tests.forked import run_forked
 from tests.sglang_server import SEEDED, SGLangServer, sglang_python
-from tests.test_train import check_ledger, command, inputs, metrics, run, write_config
+from tests.test_train import check_ledger, command, inputs, metrics, write_config
 from tests.tiny import save_tiny_model
 
 __all__ = ["inputs"]
@@ -76,7 +76,7 @@ def test_a_run_on_served_rollouts_is_killed_and_resumes(inputs, tmp_path):
     assert stranger.status_code == 401
     kill(trainer, serving)
 
-    again = run("train", config)
+    again = run_forked("train", config)
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stdout and "SGLang: 1 ready after" in again.stdout
     rows = metrics(run_dir)
