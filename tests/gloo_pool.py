@@ -22,13 +22,15 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.forked import forking
 
 HOST = "127.0.0.1"
 DEFAULT_TIMEOUT = 120.0  # seconds one call may take
@@ -98,15 +100,14 @@ class _Pool:
     def __init__(self, world_size: int) -> None:
         # The store lives here and picks a free port itself, so two sessions on a machine cannot collide.
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             # No daemon: megatron-core's checkpoint writer starts a process of its own.
             process = context.Process(target=_worker, args=(rank, world_size, self._store.port, theirs))
-            with _environment(rank, world_size, self._store.port):
-                process.start()
+            process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
@@ -157,31 +158,15 @@ class _Pool:
             connection.close()
 
 
-@contextlib.contextmanager
-def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
-    """What a worker has to find in its environment before it imports torch."""
-    wanted = {
-        "OMP_NUM_THREADS": "1",
+def _worker(rank: int, world_size: int, port: int, connection: Connection) -> None:
+    os.setpgid(0, 0)
+    os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": HOST,
         "MASTER_PORT": str(port),
     }
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
-
-
-def _worker(rank: int, world_size: int, port: int, connection: Connection) -> None:
-    os.setpgid(0, 0)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the test session's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -27,6 +27,7 @@ from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.report.ledger import LEDGER_FILE
 from megatron_opd.report.step_lines import read_steps
 from tests.data.tiny_tokenizer import WORDS, save_tokenizer, write_prompts
+from tests.forked import run_forked
 from tests.tiny import save_tiny_model
 
 TIMINGS = ("_seconds", "/seconds")
@@ -73,6 +74,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command as a user starts it; `run_forked` is the same program in a process that is there sooner."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=300)
 
@@ -129,15 +131,17 @@ def test_a_run_learns_and_leaves_everything_behind(inputs, tmp_path):
     prompt = tokenizer("one two three", return_tensors="pt")
     assert exported.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt.input_ids.shape[1]
 
-    again = run("train", config)  # finished: nothing is trained, and nothing is lost
+    again = run_forked("train", config)  # finished: nothing is trained, and nothing is lost
     assert again.returncode == 0, again.stderr
     assert metrics(run_dir) == rows
 
 
 def test_the_exported_student_is_the_checkpoint(inputs, tmp_path):
     run_dir = tmp_path / "run"
-    assert run("train", write_config(inputs, run_dir)).returncode == 0
-    converted = run("convert", "megatron-to-hf", run_dir / "checkpoints" / "latest", tmp_path / "converted")
+    assert run_forked("train", write_config(inputs, run_dir)).returncode == 0
+    converted = run_forked(
+        "convert", "megatron-to-hf", run_dir / "checkpoints" / "latest", tmp_path / "converted"
+    )
     assert converted.returncode == 0, converted.stderr
     exported, checkpoint = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -149,11 +153,11 @@ def test_the_exported_student_is_the_checkpoint(inputs, tmp_path):
 def test_an_interleaved_pipeline_trains_alike_and_goes_on_in_another_layout(inputs, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     settings = {"evaluation__every": 2}
-    assert run("train", write_config(inputs, one, **settings)).returncode == 0
+    assert run_forked("train", write_config(inputs, one, **settings)).returncode == 0
     config = write_config(inputs, other, **settings)
     interleaved = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "training.steps=4")
     for changes in (interleaved, ("parallel.tensor=2",)):
-        done = run("launch", "local", config, *changes)
+        done = run_forked("launch", "local", config, *changes)
         assert done.returncode == 0, done.stderr
     assert "resuming at step 4" in done.stdout
     for row, expected in zip(metrics(other), metrics(one), strict=True):
@@ -173,7 +177,7 @@ def _kill_rank(launcher: subprocess.Popen[str], rank: int) -> None:
 def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = {"parallel__data": 2, "training__steps": 40, "checkpoint__save_every": 3}
-    assert run("launch", "local", write_config(inputs, whole, **settings)).returncode == 0
+    assert run_forked("launch", "local", write_config(inputs, whole, **settings)).returncode == 0
 
     config = write_config(inputs, killed, **settings)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -190,7 +194,7 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     assert "killed by SIGKILL" in message and "resume" in message
     assert metrics(killed)[-1]["step"] < 40
 
-    again = run("launch", "local", config)
+    again = run_forked("launch", "local", config)
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stdout
     assert metrics(killed) == metrics(whole)
@@ -205,7 +209,7 @@ def test_sequences_shared_by_two_processes_give_the_same_run(inputs, tmp_path):
         config = write_config(
             inputs, tmp_path / f"context-{context}", parallel__context=context, training__steps=3, **settings
         )
-        done = run(*command, config)
+        done = run_forked(*command, config)
         assert done.returncode == 0, done.stderr
         rows.append(metrics(tmp_path / f"context-{context}"))
     assert len(rows[0]) == len(rows[1]) == 4
@@ -244,12 +248,12 @@ def test_a_run_directory_in_use_is_refused(inputs, tmp_path, capfd):
 
 def test_what_changed_since_the_last_start_is_said(inputs, tmp_path):
     run_dir = tmp_path / "run"
-    assert run("train", write_config(inputs, run_dir)).returncode == 0
-    again = run("train", write_config(inputs, run_dir, training__steps=7), "optimizer.lr=1e-4")
+    assert run_forked("train", write_config(inputs, run_dir)).returncode == 0
+    again = run_forked("train", write_config(inputs, run_dir, training__steps=7), "optimizer.lr=1e-4")
     assert again.returncode == 0, again.stderr
     assert "changed from step 6 on: optimizer.lr: 0.003 -> 0.0001" in again.stdout
     assert metrics(run_dir)[-1]["lr"] == 1e-4
-    finished = run("train", write_config(inputs, run_dir, training__steps=7), "optimizer.lr=1e-4")
+    finished = run_forked("train", write_config(inputs, run_dir, training__steps=7), "optimizer.lr=1e-4")
     assert "finished already (7 steps; raise training.steps to go on)" in finished.stdout
 
 
@@ -319,7 +323,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_at_save_loses_nothing(inputs, tmp_path, small_disk):
     """The first checkpoint fits, the second does not while the first is kept."""
     config = write_config(inputs, small_disk / "run", checkpoint__save_every=2)
-    done = run("train", config)
+    done = run_forked("train", config)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot save a checkpoint")
     assert "no space left on device" in done.stderr and "Traceback" not in done.stderr
@@ -328,7 +332,7 @@ def test_a_full_disk_at_save_loses_nothing(inputs, tmp_path, small_disk):
 
     shutil.move(small_disk / "run" / "checkpoints", tmp_path / "moved")  # the user makes room
     (small_disk / "run" / "checkpoints").symlink_to(tmp_path / "moved")
-    again = run("train", config)
+    again = run_forked("train", config)
     assert again.returncode == 0, again.stderr
     assert "resuming at step 2" in again.stdout
     assert [row["step"] for row in metrics(small_disk / "run")] == list(range(7))
@@ -337,7 +341,7 @@ def test_a_full_disk_at_save_loses_nothing(inputs, tmp_path, small_disk):
 def test_a_run_without_any_loss_token_says_so_and_ends_well(inputs, tmp_path):
     masked = {"truncated": True}
     config = write_config(inputs, tmp_path / "run", objective__mask=masked, rollout__max_new_tokens=1)
-    done = run("train", config, "evaluation.prompts=null", "evaluation.every=0", "training.steps=2")
+    done = run_forked("train", config, "evaluation.prompts=null", "evaluation.every=0", "training.steps=2")
     assert done.returncode == 0, done.stderr
     assert "no step had a token that enters the loss" in done.stdout + done.stderr
     assert [row["skipped"] for row in metrics(tmp_path / "run")] == [1, 1]
@@ -351,6 +355,6 @@ def test_check_names_the_model_that_is_not_finite(inputs, tmp_path):
     save_file(tensors, weights, metadata={"format": "pt"})
     config = write_config(inputs, tmp_path / "run")
     settings = ("objective.check=true", "evaluation.prompts=null", "evaluation.every=0")
-    done = run("train", config, f"teacher.path={tmp_path / 'teacher'}", *settings)
+    done = run_forked("train", config, f"teacher.path={tmp_path / 'teacher'}", *settings)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: objective.check: teacher logits hold NaN or inf" in done.stderr

@@ -13,7 +13,8 @@ from megatron_opd.train import train_step
 from megatron_opd.training.job import set_up
 from tests.checkpoint.models import write_hf
 from tests.data.tiny_tokenizer import save_tokenizer, write_prompts
-from tests.test_train import metrics, run, write_config
+from tests.forked import run_forked
+from tests.test_train import metrics, write_config
 from tests.tiny import VOCAB, save_tiny_model
 
 SPREAD = {"parallel__data": 2, "parallel__expert": 2}
@@ -39,10 +40,10 @@ def test_a_run_learns_resumes_and_exports(inputs, tmp_path):
     config = write_config(
         inputs, run_dir, **SPREAD, teacher__path=str(inputs / "dense"), training__moe_aux_loss=0.01
     )
-    first = run("launch", "local", config, "training.steps=6")
+    first = run_forked("launch", "local", config, "training.steps=6")
     assert first.returncode == 0, first.stderr
     assert "Traceback" not in first.stderr
-    done = run("launch", "local", config, "training.steps=12")
+    done = run_forked("launch", "local", config, "training.steps=12")
     assert done.returncode == 0, done.stderr
     assert "resuming at step 6" in done.stdout
 

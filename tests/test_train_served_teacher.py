@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from tests.forked import run_forked
 from tests.sglang_server import SEEDED, sglang_python
-from tests.test_train import inputs, metrics, run, write_config
+from tests.test_train import inputs, metrics, write_config
 from tests.test_train_sglang import servers_of
 
 __all__ = ["inputs"]
@@ -21,7 +22,7 @@ def test_a_run_learns_from_a_teacher_that_it_serves(inputs, tmp_path, engine):
     config = write_config(
         inputs, run_dir, **changes, teacher__request_tokens=5, objective__preset="lsm", training__steps=12
     )
-    done = run("train", config)
+    done = run_forked("train", config)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SGLang: 1 ready after") == (2 if engine == "sglang" else 1)
     assert "held-out reverse KL, estimated from sampled tokens: " in done.stdout
@@ -34,5 +35,5 @@ def test_a_run_learns_from_a_teacher_that_it_serves(inputs, tmp_path, engine):
     assert (run_dir / "curve.png").is_file() and (run_dir / "servers/teacher/server-0.log").is_file()
     assert not servers_of(run_dir) and not servers_of(inputs.parent)
 
-    again = run("train", config)  # finished: no server is started
+    again = run_forked("train", config)  # finished: no server is started
     assert again.returncode == 0 and "ready after" not in again.stdout

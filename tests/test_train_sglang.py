@@ -12,8 +12,9 @@ import psutil
 
 from megatron_opd.checkpoint.store import published
 from tests.data.tiny_tokenizer import save_tokenizer
+from tests.forked import run_forked
 from tests.sglang_server import SEEDED, SGLangServer, sglang_python
-from tests.test_train import check_ledger, command, inputs, metrics, run, write_config
+from tests.test_train import check_ledger, command, inputs, metrics, write_config
 from tests.tiny import save_tiny_model
 
 __all__ = ["inputs"]
@@ -75,7 +76,7 @@ def test_a_run_on_served_rollouts_is_killed_and_resumes(inputs, tmp_path):
     assert stranger.status_code == 401
     kill(trainer, serving)
 
-    again = run("train", config)
+    again = run_forked("train", config)
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stdout and "SGLang: 1 ready after" in again.stdout
     rows = metrics(run_dir)
@@ -104,7 +105,7 @@ def test_a_run_with_rollouts_ahead_is_killed_and_loses_none(inputs, tmp_path, sg
     )
     try:
         kill(start_and_wait(config, run_dir), [])
-        again = run("train", config)
+        again = run_forked("train", config)
     finally:
         with sglang.engine() as engine:
             engine.ask_all("/continue_generation", {})  # a killed run may have left it paused

@@ -188,12 +188,16 @@ class Job:
         sampled tokens: the mean of log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
         """
         heldout = self.packed(rollouts)
-        heldout = replace(heldout, payloads=self.teacher.score(heldout.microbatches))
         temperature = self.config.rollout.temperature
-        name, measure = "reverse_kl", Objective(temperature=temperature)
-        if self.served is not None:
+        payloads: Sequence[TeacherPayload | None]
+        if isinstance(self.teacher, SGLangTeacher):
             name = "reverse_kl_sampled"
             measure = Objective("policy_gradient", temperature=temperature, served=True)
+            payloads = self.teacher.score(heldout.microbatches, k=0)
+        else:
+            name, measure = "reverse_kl", Objective(temperature=temperature)
+            payloads = self.teacher.score(heldout.microbatches)
+        heldout = replace(heldout, payloads=payloads)
         plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)
         return name, sums[name] / heldout.scale.loss_tokens, heldout.scale.loss_tokens

@@ -354,7 +354,7 @@ def configs(draw: st.DrawFn) -> Config:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(config=configs())
 def test_any_configuration_survives_the_round_trip(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:

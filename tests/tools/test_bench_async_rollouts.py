@@ -1,11 +1,10 @@
 """The bench of rollouts drawn ahead runs at a small size."""
 
-import subprocess
-import sys
-
 from tests.data.tiny_tokenizer import save_tokenizer, write_prompts
+from tests.forked import run_forked
 from tests.sglang_server import SGLangServer
 from tests.tiny import save_tiny_model
+from tools.bench import async_rollouts
 
 
 def test_small_run(sglang: SGLangServer, tmp_path) -> None:
@@ -21,9 +20,8 @@ def test_small_run(sglang: SGLangServer, tmp_path) -> None:
         "rollout.sglang.urls": f"[{sglang.url}]",
     }
     overrides = [f"{key}={value}" for key, value in values.items()]
-    command = [sys.executable, "-m", "tools.bench.async_rollouts", "--smoke", *overrides]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = run_forked("--smoke", *overrides, program=async_rollouts.main)
     finally:
         sglang.load(sglang.models[0], "0")
     assert done.returncode == 0, done.stderr

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from tests.forked import forking
 from tools.bench import scaling
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its processes and its expectations are a CPU's")
-def test_small_run(capfd):
+def test_small_run(capfd, monkeypatch):
+    monkeypatch.setattr(scaling, "get_context", lambda _: forking())
     scaling.main(["--smoke"])
     printed = capfd.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
