@@ -112,6 +112,13 @@ def test_a_server_that_does_not_go_on_after_a_pause_rests_until_it_does(sglang: 
     assert set(afterwards[5:]) == {"/generate"}
 
 
+def test_servers_that_somebody_has_left_paused_are_woken(sglang: SGLangServer) -> None:
+    httpx.post(sglang.url + "/pause_generation", json={"mode": "abort"}, timeout=60).raise_for_status()
+    with sglang.engine(request_timeout=30.0, outage_timeout=30.0) as engine:
+        engine.wake()
+        assert len(engine.generate(PROMPTS, replace(SAMPLING, n=1), 0)) == len(PROMPTS)
+
+
 @pytest.fixture
 def another(sglang: SGLangServer, tmp_path: Path) -> Iterator[Servers]:
     """A second server, with the first weights; the first has these again afterwards."""
