@@ -31,7 +31,7 @@ from tests.rollout.test_stream import assert_same, while_drawing
 from tests.sglang_server import SGLangServer, sglang_python, tiny_settings
 from tests.tiny import VOCAB
 
-SAMPLING = Sampling(max_new_tokens=80, seed=7, n=3)
+SAMPLING = Sampling(max_new_tokens=48, seed=7, n=2)
 STEPS = 5
 ABORTED = b'{"output_ids": [], "meta_info": {"finish_reason": {"type": "abort", "message": "Aborted"}}}'
 
@@ -45,10 +45,18 @@ def abort_all(url: str) -> Callable[[int], None]:
     return abort
 
 
+@pytest.fixture(scope="module")
+def expected(sglang: SGLangServer) -> list[Rollout]:
+    """What the first weights draw when nobody meddles."""
+    with sglang.engine() as engine:
+        return engine.generate(PROMPTS, SAMPLING, 0)
+
+
 @pytest.mark.parametrize("ahead", [True, False])
-def test_a_strangers_aborts_cost_no_response(sglang: SGLangServer, ahead: bool) -> None:
+def test_a_strangers_aborts_cost_no_response(
+    sglang: SGLangServer, expected: list[Rollout], ahead: bool
+) -> None:
     with sglang.engine(concurrency=4) as engine, ThreadPoolExecutor() as pool:
-        expected = engine.generate(PROMPTS, SAMPLING, 0)
         drawing = (
             engine.submit(PROMPTS, SAMPLING, 0)
             if ahead
@@ -89,7 +97,9 @@ def test_pauses_of_this_run_may_cut_off_a_request_without_end() -> None:
     assert asked == 31 * ["/generate"] and rollout.response_ids == [8, 9, 2]
 
 
-def test_a_server_that_does_not_go_on_after_a_pause_rests_until_it_does(sglang: SGLangServer) -> None:
+def test_a_server_that_does_not_go_on_after_a_pause_rests_until_it_does(
+    sglang: SGLangServer, expected: list[Rollout]
+) -> None:
     refused = 0
 
     def refuse(path: str) -> Reply | None:
@@ -98,8 +108,6 @@ def test_a_server_that_does_not_go_on_after_a_pause_rests_until_it_does(sglang: 
         return (500, b"oops") if path == "/continue_generation" and refused < 3 else None
 
     with between(sglang.url, refuse) as (url, asked), sglang.engine([url], concurrency=4) as engine:
-        expected = engine.generate(PROMPTS, SAMPLING, 0)
-        del asked[:]
         drawing = engine.submit(PROMPTS, SAMPLING, 0)
         while not asked:  # the first of them is on its way
             time.sleep(0.001)
@@ -138,7 +146,7 @@ def steps_while_one_dies(urls: list[str], models: list[Path], pid: int) -> tuple
     engine.connect(urls, concurrency=4, outage_timeout=60.0)
     settings = {"prompts_per_step": 3, "max_staleness": 2, "last": STEPS}
     prompts = PromptStream(PROMPTS, seed=3)
-    stream = RolloutStream(engine, prompts, replace(SAMPLING, n=2), groups.dp_cp, **settings)
+    stream = RolloutStream(engine, prompts, SAMPLING, groups.dp_cp, **settings)
     victim = engine._connected.replicas[-1]
 
     def kill() -> None:
@@ -180,7 +188,7 @@ def test_one_of_two_servers_dies_while_they_draw_ahead(
     rollouts = [each for step in taken for each in step]
     by_model = [gloo(1, training_logprobs, model, rollouts, "fp32")[0] for model in sglang.models]
     for row, rollout in enumerate(rollouts):
-        assert len(rollout.response_ids) == 80 and rollout.finish_reason == "length"
+        assert len(rollout.response_ids) == 48 and rollout.finish_reason == "length"
         versions = rollout.token_versions
         expected = [by_model[version % 2][row][token] for token, version in enumerate(versions)]
         assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
