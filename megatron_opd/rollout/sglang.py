@@ -2,9 +2,12 @@
 
 A response is asked for by itself, through SGLang's native /generate, with a seed of its own; nothing that comes back is
 believed before it is checked. Servers that honour seeds (--enable-deterministic-inference) draw the same response for
-the same (seed, prompt id, sample), up to rounding of the logits; others draw anew each time. Responses may be cut off,
-by a change of weights when they are drawn ahead, or by somebody else: they keep their tokens, and the rest is asked
-for, with the new weights if these have changed.
+the same (seed, prompt id, sample), up to rounding of the logits; others draw anew each time. Under top-p or top-k
+their noise goes by rank, not by id: two tokens whose probabilities differ by rounding alone, which the batch decides,
+may take each other's place. So it does in a batch that a cut request shares, such as a health check, which is greedy.
+
+Responses may be cut off, by a change of weights when they are drawn ahead, or by somebody else: they keep their tokens,
+and the rest is asked for, with the new weights if these have changed.
 """
 
 import hashlib

@@ -179,7 +179,7 @@ def test_one_of_two_servers_dies_while_they_draw_ahead(
     guard = another._servers[0].process
     assert guard is not None
     (process,) = psutil.Process(guard.pid).children()
-    results = gloo(2, steps_while_one_dies, urls, sglang.models, process.pid)
+    results = gloo(2, steps_while_one_dies, urls, sglang.models, process.pid, timeout=400)
     taken, felt = results[0]
     assert taken == results[1][0] and felt
     order = [prompt.id for prompt in PromptStream(PROMPTS, seed=3).take(3 * STEPS)]

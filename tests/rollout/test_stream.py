@@ -57,11 +57,15 @@ def while_drawing(drawing: Drawing, change: Callable[[int], None]) -> int:
 
 
 def assert_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
-    """Responses that were cut off and went on are those that were not."""
+    """Responses that were cut off and went on are those that were not.
+
+    One may differ: what is prefilled instead of decoded differs by rounding, and under a cut the noise goes by rank, so
+    that about 6 in 100,000 tokens of the tiny model are drawn otherwise (none in a million without a cut).
+    """
     pairs = list(zip(rollouts, expected, strict=True))
     assert all(ours.prompt_id == theirs.prompt_id and ours.sample == theirs.sample for ours, theirs in pairs)
     same = [ours.response_ids == theirs.response_ids for ours, theirs in pairs]
-    assert sum(same) >= len(same) - 1, "a near-tie may fall the other way: the rest is prefilled, not decoded"
+    assert sum(same) >= len(same) - 1
     for ours, theirs in itertools.compress(pairs, same):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
         assert ours.drawn_logprobs == pytest.approx(theirs.drawn_logprobs, abs=1e-4)
