@@ -31,8 +31,8 @@ from tests.rollout.test_stream import assert_same, while_drawing
 from tests.sglang_server import SGLangServer, sglang_python, tiny_settings
 from tests.tiny import VOCAB
 
-SAMPLING = Sampling(max_new_tokens=48, seed=7, n=2)
-STEPS = 5
+SAMPLING = Sampling(max_new_tokens=32, seed=7, n=2)
+STEPS = 3
 ABORTED = b'{"output_ids": [], "meta_info": {"finish_reason": {"type": "abort", "message": "Aborted"}}}'
 
 
@@ -188,7 +188,7 @@ def test_one_of_two_servers_dies_while_they_draw_ahead(
     rollouts = [each for step in taken for each in step]
     by_model = [gloo(1, training_logprobs, model, rollouts, "fp32")[0] for model in sglang.models]
     for row, rollout in enumerate(rollouts):
-        assert len(rollout.response_ids) == 48 and rollout.finish_reason == "length"
+        assert len(rollout.response_ids) == 32 and rollout.finish_reason == "length"
         versions = rollout.token_versions
         expected = [by_model[version % 2][row][token] for token, version in enumerate(versions)]
         assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
