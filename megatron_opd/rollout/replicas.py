@@ -40,11 +40,14 @@ class WeightsLost(UserError):
 
 
 class Interrupted(Exception):
-    """An answer that was cut off; `request` asks for the whole result from a server with weights `version`."""
+    """An answer that was cut off; `request` asks for the whole result from a server with weights `version`.
 
-    def __init__(self, request: Request[Any], version: str) -> None:
+    `further`: the answer brought something, and `request` asks for less than the one before.
+    """
+
+    def __init__(self, request: Request[Any], version: str, *, further: bool) -> None:
         super().__init__("interrupted")
-        self.request, self.version = request, version
+        self.request, self.version, self.further = request, version, further
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Replica:
     failures: int = 0  # in a row
     trouble: str = ""  # why it gets no requests; empty while it does
     outdated: bool = False  # it generates, with other weights than are asked for
+    stopped: bool = False  # after a pause it was told to go on, and has not said that it does
     probe: asyncio.Task[None] | None = None  # waits for the end of the trouble
 
 
@@ -101,6 +105,8 @@ class Replicas:
         self._changed = asyncio.Event()  # set, and replaced, whenever a waiting request should look again
         self._open = asyncio.Event()  # not set while the servers are paused
         self._open.set()
+        self._pauses = 0  # how many there were
+        self._wanted = Wanted(ANY_WEIGHTS)  # by the last `run`
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(request_timeout, connect=CONNECT_TIMEOUT, pool=None),
@@ -126,7 +132,7 @@ class Replicas:
         request, ATTEMPTS attempts of one have failed or no server works (WeightsLost when all that work have other
         weights); then the others are cancelled.
         """
-        wanted = Wanted(version, or_newer)
+        wanted = self._wanted = Wanted(version, or_newer)
         self._working = time.monotonic()
         for replica in self.replicas:
             replica.outdated = False
@@ -142,8 +148,13 @@ class Replicas:
 
     async def pause(self, *, tell: bool) -> None:
         """Send no requests until `resume`. With `tell` the servers stop drawing too: whatever anyone has asked them
-        comes back as far as it has come."""
+        comes back as far as it has come.
+
+        A server that does not confirm it may go on drawing, and its answers say with which weights. It rests if it does
+        not confirm the end of the pause either: a pause that comes late is ended by that, for SGLang keeps the order.
+        """
         self._open.clear()
+        self._pauses += 1
         if not tell:
             return
         # By itself a pause looks once a second whether all requests have ended.
@@ -155,9 +166,15 @@ class Replicas:
         await self.fetch_all("/pause_generation", {"mode": "abort"}, PROBE_TIMEOUT)
 
     async def resume(self, *, tell: bool) -> None:
-        """Send requests again, after `pause` with the same `tell`."""
+        """Send requests again, after `pause` with the same `tell`. A server that does not confirm that it goes on
+        rests: it would keep requests until it is told again."""
         if tell:
-            await self.fetch_all("/continue_generation", {}, PROBE_TIMEOUT)
+            answers = await self.fetch_all("/continue_generation", {}, PROBE_TIMEOUT)
+            for replica in self.replicas:
+                answer = answers[replica.url]
+                replica.stopped = isinstance(answer, BadReply | UserError)
+                if replica.stopped:
+                    self._rest(replica, f"it does not go on after a pause: {answer}", self._wanted)
         self._working = time.monotonic()
         for replica in self.replicas:
             replica.outdated = False  # as far as is known: a probe looks again
@@ -217,7 +234,10 @@ class Replicas:
     async def _ask(self, body: dict[str, Any], parse: Callable[[Any], Result], wanted: Wanted) -> Result:
         failed: Replica | None = None
         failures = 0
+        pauses = self._pauses
+        stalls: list[float] = []  # when answers came, in a row, that a stranger has left nothing of
         while failures < ATTEMPTS:
+            await self._stand_back(stalls)
             replica = await self._least_loaded(but_not=failed)
             replica.in_flight += 1
             try:
@@ -229,6 +249,9 @@ class Replicas:
                 body, parse = interrupted.request
                 wanted = replace(wanted, version=interrupted.version)
                 self._working = time.monotonic()
+                # Another rank's pause may be felt here before this one's own begins.
+                ours, pauses = pauses != self._pauses, self._pauses
+                stalls = [] if ours or interrupted.further else [*stalls, self._working]
             except BadReply as error:
                 failures += 1
                 trouble = str(error)
@@ -241,6 +264,16 @@ class Replicas:
         raise UserError(
             f"{self._key}: {ATTEMPTS} attempts of one request failed, the last at {failed.url}: {trouble}"
         )
+
+    async def _stand_back(self, stalls: Sequence[float]) -> None:
+        """Rest after answers that came to nothing at these times, longer with each; at last they are an error."""
+        if len(stalls) > ATTEMPTS and stalls[-1] - stalls[0] > self._outage_timeout:
+            raise UserError(
+                f"{self._key}: a request has been aborted whenever it was sent for {self._outage_timeout:g} s, and not "
+                "by this run: find out who sends /abort_request to its servers, then resume"
+            )
+        if stalls:
+            await asyncio.sleep(rest_after(len(stalls)))
 
     async def _least_loaded(self, but_not: Replica | None) -> Replica:
         """A server with room; the one that has just failed only if there is no other. Waits for one."""
@@ -286,17 +319,21 @@ class Replicas:
 
     async def _probe(self, replica: Replica, wanted: Wanted) -> None:
         """Wait until the server generates and has the weights, then let it have requests again."""
-        rest = min(LONGEST_REST, FIRST_REST * 2 ** max(0, replica.failures - 1))
+        tries = max(1, replica.failures)
         while replica.trouble:
-            await asyncio.sleep(rest * random.uniform(0.75, 1.25))
+            await asyncio.sleep(rest_after(tries))
             await self._open.wait()  # a paused server does not generate
-            replica.outdated, replica.trouble = await self._state_of(replica.url, wanted)
-            rest = min(LONGEST_REST, 2 * rest)
+            replica.outdated, replica.trouble = await self._state_of(replica, wanted)
+            tries += 1
             self._look_again()
 
-    async def _state_of(self, url: str, wanted: Wanted) -> tuple[bool, str]:
+    async def _state_of(self, replica: Replica, wanted: Wanted) -> tuple[bool, str]:
         """Whether the server generates with other weights, and why it cannot be asked; empty when it can."""
+        url = replica.url
         try:
+            if replica.stopped:  # only then: a pause of somebody else's is not ended
+                await self.fetch(url, "/continue_generation", {}, PROBE_TIMEOUT)
+                replica.stopped = False
             health = await self._http.get(url + "/health", timeout=PROBE_TIMEOUT)
             if health.status_code != 200:
                 return False, f"its health check says {health.status_code}"
@@ -307,6 +344,11 @@ class Replicas:
         if wanted.suits(found):
             return False, ""
         return True, f"it has the weights {found!r} instead of {wanted.version!r}"
+
+
+def rest_after(times: int) -> float:
+    """Seconds to wait after the `times`-th failure in a row, somewhat random."""
+    return min(LONGEST_REST, FIRST_REST * 2 ** min(times - 1, 10)) * random.uniform(0.75, 1.25)
 
 
 def _reason(response: httpx.Response) -> str:

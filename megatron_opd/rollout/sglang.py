@@ -2,13 +2,17 @@
 
 A response is asked for by itself, through SGLang's native /generate, with a seed of its own; nothing that comes back is
 believed before it is checked. Servers that honour seeds (--enable-deterministic-inference) draw the same response for
-the same (seed, prompt id, sample), up to rounding of the logits; others draw anew each time. Responses drawn ahead may
-be cut off by a change of weights: they keep their tokens, and the rest is asked for with the new weights.
+the same (seed, prompt id, sample), up to rounding of the logits; others draw anew each time. Under top-p or top-k
+their noise goes by rank, not by id: two tokens whose probabilities differ by rounding alone, which the batch decides,
+may take each other's place. So it does in a batch that a cut request shares, such as a health check, which is greedy.
+
+Responses may be cut off, by a change of weights when they are drawn ahead, or by somebody else: they keep their tokens,
+and the rest is asked for, with the new weights if these have changed.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,9 +25,9 @@ from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.objectives.kept_ids import KeptIds
+from megatron_opd.rollout.client import SGLangClient
 from megatron_opd.rollout.cut_off import joined, weight_spans
-from megatron_opd.rollout.event_loop import EventLoopThread
-from megatron_opd.rollout.replicas import BadReply, Body, Interrupted, Replicas, Request
+from megatron_opd.rollout.replicas import BadReply, Interrupted, Request
 from megatron_opd.rollout.sampling import Sampling
 
 SLACK = 1e-3  # nats: rounding of a server's log-probs
@@ -36,8 +40,8 @@ def failed(drawing: Drawing) -> bool:
     return drawing is not None and drawing.done() and isinstance(drawing.exception(), UserError)
 
 
-class SGLangEngine:
-    """Draws responses at the servers of `connect`; until it is called there are none.
+class SGLangEngine(SGLangClient):
+    """Draws responses at the servers of `connect`; after `close` these draw no more for it.
 
     `vocab_size` ids exist for the model that the servers have: of an id beyond, a server would die. One rank of
     `replica` (None: this process alone) talks to the servers, and hands the others what it got. The weights are the
@@ -45,33 +49,14 @@ class SGLangEngine:
     """
 
     def __init__(self, vocab_size: int, replica: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
         self._vocab_size, self._replica = vocab_size, replica
-        self._loop: EventLoopThread | None = None
-        self._servers: Replicas | None = None
         self._draws_ahead = False  # whether servers may be drawing when the weights change
 
     @property
     def asks(self) -> bool:
         """Whether this rank is the one that talks to the servers."""
         return self._replica is None or self._replica.rank() == 0
-
-    def connect(self, urls: Sequence[str], **options: Any) -> None:
-        """Use these servers from now on; `options` are those of `Replicas`."""
-
-        async def make() -> Replicas:
-            return Replicas(urls, **options)
-
-        self._loop = self._loop or EventLoopThread()
-        self._servers = self._loop.run(make())
-
-    def close(self) -> None:
-        """Give up what is being drawn and close the connections; the servers stay, and stop drawing."""
-        if self._loop is not None:
-            assert self._servers is not None
-            self._loop.cancel()
-            self._loop.run(self._servers.close())
-            self._loop.close()
-            self._loop = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
         """`sampling.n` responses to each prompt, in prompt order, then sample order, all by weights `weight_version`.
@@ -94,9 +79,8 @@ class SGLangEngine:
         """The responses, once all are drawn. Collective like `generate`, and raises what it raises."""
         outcome: list[list[Rollout] | UserError] = [[]]
         if drawing is not None:
-            assert self._loop is not None
             try:
-                outcome = [self._loop.wait(drawing)]
+                outcome = [self._wait(drawing)]
             except UserError as error:
                 outcome = [error]
         if self._replica is not None and self._replica.size() > 1:
@@ -104,19 +88,6 @@ class SGLangEngine:
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         return outcome[0]
-
-    def ask(self, path: str, bodies: Mapping[str, Body], timeout: float | None = None) -> dict[str, Any]:
-        """URL -> what that server answers to a POST of its body (None: to a GET), or the BadReply or UserError.
-
-        All of `bodies` are asked at the same time, and have `timeout` seconds (None: `outage_timeout`).
-        """
-        assert self._loop is not None and self._servers is not None, "connect comes first"
-        return self._loop.run(self._servers.fetch_each(path, bodies, timeout))
-
-    def ask_all(self, path: str, body: Body = None) -> dict[str, Any]:
-        """The same of all servers, with one body."""
-        assert self._loop is not None and self._servers is not None, "connect comes first"
-        return self._loop.run(self._servers.fetch_all(path, body))
 
     @contextmanager
     def paused(self, *, tell: bool = True) -> Iterator[None]:
@@ -128,23 +99,25 @@ class SGLangEngine:
         if not self._draws_ahead or self._servers is None:
             yield
             return
-        assert self._loop is not None
-        self._loop.run(self._servers.pause(tell=tell))
+        self._run(self._servers.pause(tell=tell))
         try:
             yield
         finally:
-            self._loop.run(self._servers.resume(tell=tell))
+            self._run(self._servers.resume(tell=tell))
+
+    def wake(self) -> None:
+        """Have the servers go on: a run that was killed while they were paused has left them so."""
+        self._run(self._connected.resume(tell=True))
 
     def _submit(self, prompts: Sequence[Prompt], sampling: Sampling, version: int, *, later: bool) -> Drawing:
         if not self.asks or not prompts:
             return None
-        assert self._loop is not None and self._servers is not None, "connect comes before any drawing"
         requests = [
             response_request(prompt, sample, sampling, self._vocab_size, version, later=later)
             for prompt in prompts
             for sample in range(sampling.n)
         ]
-        return self._loop.submit(self._servers.run(requests, str(version), or_newer=later))
+        return self._start(self._connected.run(requests, str(version), or_newer=later))
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
@@ -187,7 +160,7 @@ def response_request(
 ) -> Request[Rollout]:
     """What `Replicas.run` is given for one response, of which `begun` is there already.
 
-    All of it is drawn with weights of `version`; with `later`, also with newer ones, and it may be cut off in between.
+    All of it is drawn with weights of `version`; with `later`, also with newer ones. It may be cut off in between.
     The servers' noise depends on the position, so a seeded response goes on with the noise it would have had.
     """
     told, left = prompt, sampling
@@ -211,7 +184,7 @@ def response_request(
             later=later,
             begun=whole if whole.response_ids else None,
         )
-        raise Interrupted(rest, str(newest))
+        raise Interrupted(rest, str(newest), further=bool(rollout.response_ids))
 
     return request_body(told, sample, left, vocab_size), parse
 
@@ -227,8 +200,8 @@ def reply_parser(
 ) -> Callable[[Any], Rollout]:
     """The function that makes the reply to `request_body` a rollout, or raises BadReply.
 
-    With `later`, newer weights than `weight_version` will do, and so will a response that was cut off anywhere: its
-    finish reason is "abort".
+    The finish reason of a response that was cut off, anywhere, is "abort". With `later`, newer weights than
+    `weight_version` will do.
     """
 
     def parse(reply: Any) -> Rollout:
@@ -238,10 +211,10 @@ def reply_parser(
         nothing = (
             not reply.get("output_ids") or "prompt_tokens" not in meta
         )  # the latter when it was not running
-        if later and nothing and _kind(meta.get("finish_reason")) == "abort":
+        if nothing and _kind(meta.get("finish_reason")) == "abort":
             return Rollout(prompt.id, sample, list(prompt.token_ids), [], [], "abort", weight_version)
         ids = _token_ids(reply.get("output_ids"), vocab_size)
-        reason = _finish_reason(meta.get("finish_reason"), ids, sampling, later)
+        reason = _finish_reason(meta.get("finish_reason"), ids, sampling)
         if not later:
             _check_weights(meta, str(weight_version))
         versions = weight_spans(meta, len(ids), weight_version) if later else [[0, weight_version]]
@@ -280,11 +253,9 @@ def _kind(reason: Any) -> Any:
     return reason.get("type") if isinstance(reason, dict) else None
 
 
-def _finish_reason(reason: Any, ids: list[int], sampling: Sampling, later: bool) -> str:
-    """ "stop" or "length", as the ids themselves say it; with `later` also "abort"."""
+def _finish_reason(reason: Any, ids: list[int], sampling: Sampling) -> str:
+    """ "stop" or "length", as the ids themselves say it, or "abort"."""
     kind = _kind(reason)
-    if kind == "abort" and not later:
-        raise BadReply(f"the server aborted the response: {reason.get('message')}")
     stops = [position for position, token in enumerate(ids) if token in sampling.stop_ids]
     complete = stops[0] == len(ids) - 1 if stops else len(ids) == sampling.max_new_tokens
     if kind == "abort" and not stops and len(ids) < sampling.max_new_tokens:

@@ -5,6 +5,6 @@
   `contract`: whether they serve the model that they should.
 - `payload`: what a teacher is, and what it hands to the objective.
 
-A teacher may import models, parallel, data and objectives, of rollout the way to SGLang servers (`replicas`) and of
-checkpoint `folders`; nothing of training.
+A teacher may import models, parallel, data and objectives, of rollout the way to SGLang servers (`client`,
+`replicas`) and of checkpoint `folders`; nothing of training.
 """

@@ -7,7 +7,6 @@ comes back is 4 + 8 K bytes a token.
 Shapes: T tokens of a microbatch, N loss positions of all microbatches together, K ids of the support.
 """
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import Tensor
 from megatron_opd.checkpoint.folders import alike
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import ServedLogprobs, gather_sequence, zigzag_positions
-from megatron_opd.rollout.replicas import ANY_WEIGHTS, Replicas, Request
+from megatron_opd.rollout.client import SGLangClient
+from megatron_opd.rollout.replicas import ANY_WEIGHTS, Request
 from megatron_opd.teacher.payload import TeacherPayload
 from megatron_opd.teacher.score_requests import (
     Ids,
@@ -33,8 +33,8 @@ from megatron_opd.teacher.score_requests import (
 )
 
 
-class SGLangTeacher:
-    """Scores at the servers of `connect`; until it is called there are none.
+class SGLangTeacher(SGLangClient):
+    """Scores at the servers of `connect`.
 
     `vocab_size` ids exist for the servers' model: of an id beyond, a server would die. With `k` the payload has the
     teacher's k likeliest ids. A request is about `request_tokens` positions at most.
@@ -43,10 +43,9 @@ class SGLangTeacher:
     def __init__(
         self, groups: ProcessGroupCollection, *, vocab_size: int, k: int = 0, request_tokens: int = 2048
     ) -> None:
+        super().__init__()
         self.groups = groups
         self._vocab_size, self._k, self._request_tokens = vocab_size, k, request_tokens
-        self._runner = asyncio.Runner()  # one event loop for all calls: connections outlive a call
-        self._servers: Replicas | None = None
 
     @property
     def last_stage(self) -> bool:
@@ -57,25 +56,6 @@ class SGLangTeacher:
     def asks(self) -> bool:
         """Whether this rank is the one of its replica that talks to the servers."""
         return self.last_stage and self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0
-
-    def connect(self, urls: Sequence[str], **options: Any) -> None:
-        """Use these servers from now on; `options` are those of `Replicas`."""
-
-        async def make() -> Replicas:
-            return Replicas(urls, **options)
-
-        self._servers = self._runner.run(make())
-
-    def close(self) -> None:
-        """Close the connections; the servers stay."""
-        if self._servers is not None:
-            self._runner.run(self._servers.close())
-        self._runner.close()
-
-    def ask_all(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """URL -> what that server answers to a POST of `body` (None: to a GET), or the BadReply or UserError."""
-        assert self._servers is not None, "connect comes first"
-        return self._runner.run(self._servers.fetch_all(path, body))
 
     def score(
         self,
@@ -145,7 +125,6 @@ class SGLangTeacher:
         k: int,
     ) -> list[Scored]:
         """What the servers say of all spans, in the order of the loss positions."""
-        assert self._servers is not None, "connect comes before score"
         requests: list[Request[Scored]] = []
         row = 0
         for (tokens_T, targets_T, mask_T), microbatch in zip(whole, microbatches, strict=True):
@@ -156,7 +135,7 @@ class SGLangTeacher:
                     requests.append(self._request(span, None, k))
                 else:
                     requests += [self._request(*part, 0) for part in cut_to_limit(span, wanted[rows])]
-        return self._runner.run(self._servers.run(requests, ANY_WEIGHTS))
+        return self._run(self._connected.run(requests, ANY_WEIGHTS))
 
     def _request(self, span: Span, wanted: Ids | None, k: int) -> Request[Scored]:
         """A request about a span, with the function that makes the reply a result."""

@@ -97,7 +97,8 @@ class WeightSync:
             self._on_rank_0(WeightSync._check, weights, self._urls)
         else:
             if self._syncs == 0:
-                self._on_rank_0(WeightSync._wake)
+                # One that was killed while servers of somebody else were paused has left them so.
+                self._on_rank_0(lambda sync: sync._engine.wake())
             self._give(weights)
         self._forget_older(weights.exported)
         self._syncs += 1
@@ -126,10 +127,6 @@ class WeightSync:
         assert self._servers is not None and weights.exported is not None
         self._servers.start(weights.exported, weights.version)
         return self._servers.urls, self._servers.api_key
-
-    def _wake(self) -> None:
-        """A run that was killed while servers of somebody else were paused has left them so."""
-        self._engine.ask("/continue_generation", {url: {} for url in self._urls}, ANSWER_TIMEOUT)
 
     def _give(self, weights: Outgoing) -> None:
         """Attempts until one server at least has the weights."""

@@ -42,6 +42,7 @@ def first_request(oldest: int = 4) -> Request[Rollout]:
 def rest(request: Request[Rollout], answer: Any) -> Request[Rollout]:
     with pytest.raises(Interrupted) as caught:
         request[1](answer)
+    assert caught.value.further == bool(answer["output_ids"])
     assert (
         caught.value.request[0]["sampling_params"]["sampling_seed"]
         == request[0]["sampling_params"]["sampling_seed"]
@@ -78,6 +79,16 @@ def test_cut_off_before_the_first_token_it_is_asked_for_again() -> None:
     assert once_more[0] == second[0]
     whole = once_more[1](reply([2], [(0, 6)], "stop", told=4))
     assert whole.response_ids == [8, 2] and whole.weight_version == 6 and whole.version_changes == []
+
+
+def test_by_the_same_weights_where_these_do_not_change() -> None:
+    begin = response_request(PROMPT, 1, LONG, 10, 4, later=False)
+    second = rest(begin, reply([8, 9], [(0, 4)]))
+    whole = second[1](reply([2], [(0, 4)], "stop", told=5))
+    assert (whole.response_ids, whole.finish_reason, whole.token_versions) == ([8, 9, 2], "stop", [4, 4, 4])
+    for request in (begin, second):
+        with pytest.raises(BadReply, match=r"weights (4, )?5 instead of 4"):
+            request[1](reply([8, 9], [(0, 5)], told=len(request[0]["input_ids"])))
 
 
 @pytest.mark.parametrize(("ids", "reason"), [([8, 2], "stop"), ([8, 9, 8, 9, 8, 9], "length")])

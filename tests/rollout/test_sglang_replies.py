@@ -68,7 +68,6 @@ def ids(*tokens: Any) -> Callable[[dict[str, Any]], None]:
         (ids(2, 9, 2), "3 tokens with the finish reason"),
         (ids(8, 9, 9, 2), "4 tokens with the finish reason"),
         (ids(8, 9, 3), "the log-prob of token 3"),
-        (meta(finish_reason={"type": "abort", "message": "Aborted"}), "aborted the response: Aborted"),
         (meta(finish_reason=None), "finish reason None"),
         (meta(prompt_tokens=4), "4 prompt tokens instead of 3"),
         (meta(weight_version="4"), "weights 4, 5 instead of 5"),

@@ -56,6 +56,26 @@ def while_drawing(drawing: Drawing, change: Callable[[int], None]) -> int:
     return count
 
 
+def assert_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
+    """Responses that were cut off and went on are those that were not.
+
+    One may differ: what is prefilled instead of decoded differs by rounding, and under a cut the noise goes by rank, so
+    that about 6 in 100,000 tokens of the tiny model are drawn otherwise (none in a million without a cut).
+    """
+    pairs = list(zip(rollouts, expected, strict=True))
+    assert all(ours.prompt_id == theirs.prompt_id and ours.sample == theirs.sample for ours, theirs in pairs)
+    same = [ours.response_ids == theirs.response_ids for ours, theirs in pairs]
+    assert sum(same) >= len(same) - 1
+    for ours, theirs in itertools.compress(pairs, same):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert ours.drawn_logprobs == pytest.approx(theirs.drawn_logprobs, abs=1e-4)
+        assert len(ours.kept_ids) == len(theirs.kept_ids)
+        assert [set(kept) for kept in ours.kept_ids.lists()] == [
+            set(kept) for kept in theirs.kept_ids.lists()
+        ]
+        assert ours.token_versions == [0] * len(ours.response_ids)
+
+
 def ids(rollouts: list[Rollout]) -> list[tuple[str, int, list[int]]]:
     return [(each.prompt_id, each.sample, each.response_ids) for each in rollouts]
 
@@ -73,18 +93,8 @@ def test_a_pause_changes_no_token(sglang: SGLangServer, cut: dict[str, Any]) -> 
 
         assert while_drawing(drawing, pause) > 1
         rollouts = engine.take(drawing)
-    pairs = list(zip(rollouts, expected, strict=True))
-    assert all(ours.prompt_id == theirs.prompt_id and ours.sample == theirs.sample for ours, theirs in pairs)
-    same = [ours.response_ids == theirs.response_ids for ours, theirs in pairs]
-    assert sum(same) >= len(same) - 1, "a near-tie may fall the other way: the rest is prefilled, not decoded"
-    for ours, theirs in itertools.compress(pairs, same):
-        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
-        assert ours.drawn_logprobs == pytest.approx(theirs.drawn_logprobs, abs=1e-4)
-        assert len(ours.kept_ids) == (80 if cut else 0)
-        assert [set(kept) for kept in ours.kept_ids.lists()] == [
-            set(kept) for kept in theirs.kept_ids.lists()
-        ]
-        assert ours.token_versions == [0] * len(ours.response_ids)
+    assert_same(rollouts, expected)
+    assert all(len(each.kept_ids) == (80 if cut else 0) for each in rollouts)
 
 
 def test_weights_that_change_mid_response(gloo: GlooPools, served: SGLangServer) -> None:
