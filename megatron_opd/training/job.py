@@ -184,17 +184,20 @@ class Job:
     def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[str, float, int]:
         """(name, nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare.
 
-        Of a teacher behind servers the distribution is not known, and `reverse_kl_sampled` is its estimate from the
+        A Megatron teacher is asked for hidden states, whatever it hands over else. Of a teacher behind servers the
+        distribution is not known, and `reverse_kl_sampled` is its estimate from the
         sampled tokens: the mean of log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
         """
         heldout = self.packed(rollouts)
-        heldout = replace(heldout, payloads=self.teacher.score(heldout.microbatches))
         temperature = self.config.rollout.temperature
-        name, measure = "reverse_kl", Objective(temperature=temperature)
-        if self.served is not None:
-            name = "reverse_kl_sampled"
-            measure = Objective("policy_gradient", temperature=temperature, served=True)
-        plain = replace(self.objective, objective=measure)
+        payloads: Sequence[TeacherPayload | None]
+        if isinstance(self.teacher, SGLangTeacher):
+            name, payloads = "reverse_kl_sampled", self.teacher.score(heldout.microbatches)
+            measure = Objective("policy_gradient", temperature=temperature, served_at=1.0)
+        else:
+            name, payloads = "reverse_kl", self.teacher.score(heldout.microbatches, "hidden_states")
+            measure = Objective(temperature=temperature)
+        heldout, plain = replace(heldout, payloads=payloads), replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)
         return name, sums[name] / heldout.scale.loss_tokens, heldout.scale.loss_tokens
 

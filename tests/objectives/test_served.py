@@ -75,7 +75,7 @@ def loss_of(objective: Objective, *, served: bool) -> tuple[dict[str, float], to
 )
 def test_loss_and_gradient_are_those_of_the_logits(settings: dict[str, Any]) -> None:
     expected, gradient = loss_of(Objective(**settings), served=False)
-    sums, found = loss_of(Objective(served=True, **settings), served=True)
+    sums, found = loss_of(Objective(served_at=1.0, **settings), served=True)
     torch.testing.assert_close(found, gradient, atol=1e-12, rtol=1e-9)
     known = set(sums) - {"reverse_kl_sampled"}
     assert {name: sums[name] for name in known} == pytest.approx({name: expected[name] for name in known})
@@ -88,7 +88,7 @@ def test_loss_and_gradient_are_those_of_the_logits(settings: dict[str, Any]) -> 
 
 
 def test_the_names_of_the_sums_are_known_before_them() -> None:
-    for objective in (Objective(served=True, **TOPK), Objective(served=True, temperature=0.5, **TOPK)):
+    for objective in (Objective(served_at=1.0, **TOPK), Objective(served_at=1.0, temperature=0.5, **TOPK)):
         assert tuple(loss_of(objective, served=True)[0]) == objective.sum_names
 
 
@@ -127,7 +127,7 @@ def test_the_names_of_the_sums_are_known_before_them() -> None:
 )
 def test_what_needs_more_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Objective(served=True, **settings)
+        Objective(served_at=1.0, **settings)
     Objective(**settings)
 
 
