@@ -12,6 +12,7 @@ from megatron_opd.objectives import (
     ServedLogprobs,
     TokenWeight,
     likeliest,
+    served_logprobs,
 )
 
 N, V, K = 12, 40, 5
@@ -131,6 +132,50 @@ def test_what_needs_more_is_refused(settings: dict[str, Any], message: str) -> N
     Objective(**settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"divergence": "policy_gradient", "token_weight": TokenWeight("prefix_ratio")},
+        {**TOPK, "remainder": "bucket", "token_weight": TokenWeight("cumulative_share", gamma=0.5)},
+        {**TOPK, "remainder": "sampled_tail"},
+        AOPD,
+    ],
+)
+def test_log_probs_at_the_temperature_of_the_rollouts_are_as_good_as_logits(settings: dict[str, Any]) -> None:
+    expected, gradient = loss_of(Objective(temperature=0.7, **settings), served=False)
+    student, teacher, targets = logits()
+    k = K if "support" in settings else 0
+    served = served_logprobs(teacher, targets, k, temperature=0.7)
+    objective = Objective(temperature=0.7, served_at=0.7, **settings)
+    loss, sums = objective.loss(
+        objective.token_stats(student, served, targets), torch.arange(N), MASK, OFFSETS
+    )
+    loss.backward()
+    torch.testing.assert_close(student.grad, gradient, atol=1e-12, rtol=1e-9)
+    assert set(expected) - set(sums) == {"reverse_kl"}
+    for name in set(sums) - {"reverse_kl_sampled"}:
+        assert float(sums[name]) == pytest.approx(expected[name], abs=1e-12), name
+
+
+def test_a_teacher_that_is_nan_is_named_where_logits_are_judged() -> None:
+    student, teacher, targets = logits()
+    teacher[4, 7] = torch.nan
+    for k in (0, K):
+        objective = (
+            Objective("policy_gradient", served_at=1.0) if k == 0 else Objective(served_at=1.0, **TOPK)
+        )
+        served = served_logprobs(teacher, targets, k)
+        objective.token_stats(student, served, targets)
+        with pytest.raises(
+            FloatingPointError, match=r"teacher log-probs are NaN at 1 of 12 tokens, .* token 4"
+        ):
+            objective.token_stats(student, served, targets, check=True)
+
+
 def test_the_likeliest_ids() -> None:
-    student, _, _ = logits()
-    assert torch.equal(likeliest(student.detach(), K, vocab_size=30), student[:, :30].topk(K).indices)
+    student, _, targets = logits()
+    best = student.detach()[:, :30].topk(K)
+    assert torch.equal(likeliest(student.detach(), K, vocab_size=30), best.indices)
+    served = served_logprobs(student.detach(), targets % 30, K, vocab_size=30)
+    assert served.ids is not None and served.ids.dtype == torch.int32
+    assert torch.equal(served.ids.long(), best.indices)
