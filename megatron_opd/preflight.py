@@ -21,6 +21,7 @@ from megatron_opd.objectives.shaping import Shaping
 from megatron_opd.objectives.token_weights import TokenWeight
 from megatron_opd.teacher.payload import SERVED_KINDS
 
+MEMORY_SHARE = "--mem-fraction-static"  # SGLang's argument
 Settings = TypeVar("Settings", Gate, PolicyGradient, Shaping, TokenWeight)
 Model = TypeVar("Model")
 
@@ -56,8 +57,8 @@ class Checked:
 def check_before_start(config: Config, world_size: int) -> Checked:
     """Checks that `config` can run on `world_size` processes.
 
-    Raises UserError as `check_models`, for a missing prompt file, for a run directory that is none and for what SGLang
-    cannot be started with.
+    Raises UserError as `check_models` and `check_server_gpus`, for a missing prompt file, for a run directory that is
+    none and for what SGLang cannot be started with.
     """
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"run_dir: {config.run_dir} is a file, not a folder")
@@ -74,6 +75,7 @@ def check_before_start(config: Config, world_size: int) -> Checked:
             raise UserError(
                 f"{section}.sglang.python: {python} is no program: name the interpreter, .../bin/python"
             )
+    check_server_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     teacher = config.teacher
     if teacher.sglang.python is not None and not any(teacher.path.glob("*.safetensors")):
         raise UserError(
@@ -183,3 +185,33 @@ def check_devices(processes: int) -> None:
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and gpus < processes:
         raise UserError(f"parallel: {processes} processes need {processes} GPUs, but this machine has {gpus}")
+
+
+def check_server_gpus(config: Config, training: int) -> None:
+    """Raises UserError when started servers are given GPUs that this machine lacks, or that others use too.
+
+    `training` processes of the run are on this machine, and use its first GPUs. A server takes most of a GPU's memory
+    unless its arguments say how much.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    sections = {"rollout.sglang": config.rollout.sglang, "teacher.sglang": config.teacher.sglang}
+    users = {"the training processes": set(range(training))}
+    users |= {section: set(served.gpus) for section, served in sections.items()}
+    for section, served in sections.items():
+        missing = [gpu for gpu in served.gpus if gpu >= count]
+        if missing:
+            there = f"has GPUs 0 to {count - 1}" if count else "has no GPU"
+            raise UserError(f"{section}.gpus: {missing[0]} is not there, this machine {there}: remove it")
+        told = any(word.partition("=")[0] == MEMORY_SHARE for word in served.arguments)
+        for user, theirs in users.items():
+            shared = theirs & set(served.gpus)
+            if user != section and shared and not told:
+                raise UserError(
+                    f"{section}.gpus: GPU {min(shared)} is used by {user} too: name another, or add {MEMORY_SHARE} "
+                    f"with the part of its memory that a server takes to {section}.arguments"
+                )
+    if config.rollout.weight_sync == "distributed" and 0 in config.rollout.sglang.gpus:
+        raise UserError(
+            "rollout.sglang.gpus: weight_sync distributed needs other GPUs than 0, which sends them: name others, "
+            "or set rollout.weight_sync to tensor"
+        )

@@ -11,7 +11,8 @@ import httpx
 import pytest
 import torch
 
-from megatron_opd.rollout.servers import Servers, ServerSettings
+from megatron_opd.rollout.server_start import ServerSettings
+from megatron_opd.rollout.servers import Servers
 from megatron_opd.rollout.sglang import SGLangEngine
 from tests.tiny import VOCAB, save_tiny_model
 

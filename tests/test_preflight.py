@@ -19,7 +19,13 @@ from megatron_opd.config.schema import Config
 from megatron_opd.config.section import Section
 from megatron_opd.errors import UserError
 from megatron_opd.objectives import Objective
-from megatron_opd.preflight import build_objective, check_before_start, check_devices, check_offload
+from megatron_opd.preflight import (
+    build_objective,
+    check_before_start,
+    check_devices,
+    check_offload,
+    check_server_gpus,
+)
 from tests.tiny import save_tiny_model
 
 MINIMAL = {
@@ -57,12 +63,9 @@ def test_the_schema_and_the_objective_have_the_same_keys_and_defaults() -> None:
     ],
 )
 def test_the_temperature_of_a_teachers_log_probs(teacher: dict[str, Any], at: float | None) -> None:
-    sections = {"teacher": {"path": "t", **teacher}, "rollout": {"temperature": 0.7}}
     objective = {"divergence": "policy_gradient"} if at != 1.0 else {"support": "teacher_topk"}
-    assert (
-        build_objective(Config.model_validate({**MINIMAL, **sections, "objective": objective})).served_at
-        == at
-    )
+    sections = {"teacher": {"path": "t", **teacher}, "rollout": {"temperature": 0.7}, "objective": objective}
+    assert build_objective(Config.model_validate({**MINIMAL, **sections})).served_at == at
 
 
 def test_what_a_payload_lacks_is_refused_with_the_one_that_has_it() -> None:
@@ -198,3 +201,48 @@ def test_one_gpu_for_every_process_where_there_are_gpus(
     else:
         with pytest.raises(UserError, match="5 processes need 5 GPUs, but this machine has 4"):
             check_devices(processes)
+
+
+SHARED = {"arguments": ["--mem-fraction-static=0.4"]}
+
+
+@pytest.mark.parametrize(
+    ("there", "rollout", "teacher", "expected"),
+    [
+        (0, {}, {}, None),
+        (8, {"gpus": [4, 5]}, {"gpus": [7]}, None),
+        (8, {"gpus": [0, 1], **SHARED}, {}, None),
+        (8, {"gpus": [4], **SHARED}, {"gpus": [4], **SHARED}, None),
+        (0, {"gpus": [0]}, {}, r"^rollout\.sglang\.gpus: 0 is not there, this machine has no GPU"),
+        (8, {}, {"gpus": [7, 8]}, r"^teacher\.sglang\.gpus: 8 is not there, this machine has GPUs 0 to 7"),
+        (8, {"gpus": [1]}, {}, r"^rollout\.sglang\.gpus: GPU 1 is used by the training processes too"),
+        (8, {"gpus": [4]}, {"gpus": [4], **SHARED}, r"^rollout\..*: GPU 4 is used by teacher\.sglang too"),
+        (8, {"gpus": [4], **SHARED}, {"gpus": [4]}, r"^teacher\..*: GPU 4 is used by rollout\.sglang too"),
+    ],
+)
+def test_gpus_of_servers_are_there_and_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+    there: int,
+    rollout: dict[str, Any],
+    teacher: dict[str, Any],
+    expected: str | None,
+) -> None:
+    """With two training processes on the machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    tree: dict[str, Any] = {**MINIMAL, "rollout": {"sglang": {"python": "p", **rollout}}}
+    tree["teacher"] = {"path": "t", "sglang": {"python": "p", **teacher}}
+    if expected is None:
+        return check_server_gpus(Config.model_validate(tree), 2)
+    with pytest.raises(UserError, match=expected):
+        check_server_gpus(Config.model_validate(tree), 2)
+
+
+def test_the_gpu_that_broadcasts_the_weights_is_not_a_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    rollout = {"weight_sync": "distributed", "sglang": {"python": "p", "gpus": [0, 3], **SHARED}}
+    with pytest.raises(
+        UserError, match=r"^rollout\.sglang\.gpus: weight_sync distributed needs other GPUs than 0"
+    ):
+        check_server_gpus(Config.model_validate({**MINIMAL, "rollout": rollout}), 1)

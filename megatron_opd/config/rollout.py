@@ -20,6 +20,12 @@ class SGLangConfig(Section):
         min_length=1,
         description="Address that started servers listen at. Beyond this machine they ask for a key, made by the run.",
     )
+    gpus: list[Count] = Field(
+        [],
+        description="GPUs of that machine for started servers, dealt in order, the same number to each, which is its "
+        "--tp-size unless `arguments` says otherwise. Training has the first ones. []: SGLang's own choice, GPU 0 "
+        "for every server.",
+    )
     arguments: list[str] = Field(
         [], description="Further arguments of sglang.launch_server, one word an entry."
     )

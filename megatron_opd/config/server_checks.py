@@ -26,11 +26,16 @@ def check_servers(section: str, served: SGLangConfig) -> None:
         raise UserError(
             f"{section}: give either python, the interpreter of an environment with SGLang, or urls of running servers"
         )
-    for key in ("servers", "host", "arguments"):
+    for key in ("servers", "host", "gpus", "arguments"):
         if served.urls and getattr(served, key) != getattr(SGLangConfig(), key):
             raise UserError(
                 f"{section}.{key}: of servers that the run starts, and urls has others: remove one"
             )
+    if len(served.gpus) % served.servers or len(set(served.gpus)) < len(served.gpus):
+        raise UserError(
+            f"{section}.gpus: give every server the same number, each GPU once: {len(set(served.gpus))} for "
+            f"{served.servers} servers do not go"
+        )
     owned = sorted(set(word.partition("=")[0] for word in served.arguments) & OWNED_ARGUMENTS)
     if owned:
         raise UserError(f"{section}.arguments: {owned[0]} is set by the run: remove it")

@@ -90,7 +90,8 @@ def changed(config: Config, changes: Changes) -> Config:
 
 def _changes(plan: Plan) -> Iterator[Changes]:
     """Neighbours of the configuration: every knob of memory and time one notch up and down."""
-    config, layout, work = plan.setting.config, plan.setting.layout, plan.setting.workload
+    setting, config = plan.setting, plan.setting.config
+    layout, work = setting.layout, setting.workload
     for policy in ("none", "selective", "full"):
         if policy != config.training.recompute:
             yield {"training.recompute": policy}
@@ -98,7 +99,7 @@ def _changes(plan: Plan) -> Iterator[Changes]:
         if chunk != config.objective.head_chunk:
             yield {"objective.head_chunk": chunk}
     for batch in (work.decoded_together // 2, min(2 * work.decoded_together, work.generated)):
-        if 0 < batch != work.decoded_together:
+        if setting.own_rollouts and 0 < batch != work.decoded_together:
             yield {"rollout.max_batch": batch}
     budget, segment = config.training.microbatch_tokens, layout.segment_alignment
     least = -(-(work.prompt + work.response) // segment) * segment
@@ -106,7 +107,7 @@ def _changes(plan: Plan) -> Iterator[Changes]:
         yield {"training.microbatch_tokens": tokens}
     if not config.optimizer.sharded and config.optimizer.name == "adam":
         yield {"optimizer.distributed": True}
-    if plan.hardware.kernels != "cpu" and not config.teacher.offload:
+    if plan.hardware.kernels != "cpu" and setting.teacher is not None and not config.teacher.offload:
         yield {"teacher.offload": True}
     if not config.optimizer.cpu_offload and config.optimizer.name == "adam":
         yield {"optimizer.cpu_offload": True}
@@ -153,8 +154,11 @@ def verdict(plan: Plan) -> list[str]:
     )
     longest = max(plan.spans, key=lambda name: plan.spans[name].total)
     span = plan.spans[longest]
+    rate = f", {plan.tokens_per_second:,.0f} response tokens/s"
+    if plan.setting.teacher is None or not plan.setting.own_rollouts:
+        rate = " without what servers take"
     time = (
-        f"time: {plan.seconds:.3g} s a step, {plan.tokens_per_second:,.0f} response tokens/s; {longest} takes "
+        f"time: {plan.seconds:.3g} s a step{rate}; {longest} takes "
         f"{span.total / plan.seconds:.0%}, bound by {span.limit}"
     )
     return [memory, time]

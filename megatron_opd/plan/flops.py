@@ -3,7 +3,8 @@
 A token costs 2 per weight of every matrix that it passes through (K of the experts), spread evenly over the ranks that
 share them, and in attention 4 D per key that it sees and query head: half of its segment's, causally. Backward is
 twice the products of forward, and 2.5 times its attention, whose weights are computed again. Norms, activation
-functions and softmaxes are left out: they are bound by memory, and `achieved` of the hardware covers them.
+functions and softmaxes are left out: they are bound by memory, and `achieved` of the hardware covers them. Servers
+compute elsewhere.
 """
 
 from megatron_opd.models.architecture import Architecture
@@ -61,9 +62,11 @@ def head_product(setting: Setting, hidden: int, tokens: float) -> float:
 
 
 def objective_flops(setting: Setting, pack: Pack) -> float:
-    """Head of a microbatch: logits of both models, twice with `head_chunk`; both gradients of the student's head."""
+    """Head of a microbatch: logits of all models here, twice with `head_chunk`; both gradients of the student's."""
     student = head_product(setting, setting.student.hidden_size, pack.loss_tokens)
-    teacher = head_product(setting, setting.teacher.hidden_size, pack.loss_tokens)
+    teacher = 0.0
+    if setting.teacher is not None:
+        teacher = head_product(setting, setting.teacher.hidden_size, pack.loss_tokens)
     times = 1 if setting.config.objective.head_chunk is None else 2
     return times * (student + teacher) + 2 * student
 
@@ -80,11 +83,11 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
     work, student = setting.workload, setting.student
     last = stage == setting.layout.pipeline - 1
     passes = work.updates * work.microbatches
-    layers = {
-        name: stage_layers(arch, setting.layout)
-        for name, arch in (("student", student), ("teacher", setting.teacher))
-    }
-    own = layers["student"]
+    own = stage_layers(student, setting.layout)
+    teacher = 0.0
+    if setting.teacher is not None:
+        layers = stage_layers(setting.teacher, setting.layout)
+        teacher = layers * layer_forward(setting, setting.teacher, work.pack)
     prompts = work.prompts * work.prompt
     prefill = 2 * prompts * matrix_weights(student) / setting.layout.tensor
     prefill += 2 * prompts * work.prompt * student.num_heads * student.head_dim / setting.layout.tensor
@@ -95,9 +98,9 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
         head = 2 * student.hidden_size * setting.vocab_shard
         decode += head * work.response * work.generated
     found = {
-        "rollout: prompts": own * prefill,
-        "rollout: tokens": decode,
-        "teacher forward": passes * layers["teacher"] * layer_forward(setting, setting.teacher, work.pack),
+        "rollout: prompts": setting.own_rollouts * own * prefill,
+        "rollout: tokens": setting.own_rollouts * decode,
+        "teacher forward": passes * teacher,
         "other scoring": passes * _other_scoring(setting, stage),
         "student forward": passes * own * layer_forward(setting, student, work.pack),
         "recomputation": passes * own * layer_again(setting, student, work.pack),
@@ -108,7 +111,8 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
 
 
 def _other_scoring(setting: Setting, stage: int) -> float:
-    """Log-probs of a reference (every update) and of the student as it was (all but the first), a microbatch."""
+    """Log-probs of a reference (every update) and of the student as it was (all but the first), and the student's
+    likeliest ids for a teacher behind servers (every update), a microbatch."""
     total = 0.0
     for arch, share in scoring_passes(setting):
         layers = stage_layers(arch, setting.layout)
@@ -124,4 +128,6 @@ def scoring_passes(setting: Setting) -> list[tuple[Architecture, float]]:
     updates = setting.workload.updates
     if updates > 1 and setting.objective.reads_old_logprobs:
         passes.append((setting.student, (updates - 1) / updates))
+    if setting.names_ids:
+        passes.append((setting.student, 1.0))
     return passes

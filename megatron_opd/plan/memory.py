@@ -3,7 +3,8 @@
 Always there: weights, gradients and optimizer state of the student, weights of teacher and reference; what is offloaded
 lies in host memory instead, weights except while their model scores. Besides, one phase at a time: `rollout` (cache of
 keys and values, logits, copies of weights), `scoring` (the teacher's pass and its payload) and `training` (payload,
-activations, objective). Formulas stand with each function.
+activations, objective). Formulas stand with each function. What
+servers draw or score takes none of it here.
 """
 
 import math
@@ -19,6 +20,7 @@ from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
 
 _FP32 = 4
+_INDEX = 8  # int64
 _STATISTICS = (
     400  # bytes a loss token, and a token and id of a top-K support: what tests/objectives/test_memory.py
 )
@@ -69,7 +71,7 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
             if model.offload:
                 lent[f"offloaded {role} weights"] = others
     phases = {
-        "rollout": _rollout(setting, stage, student),
+        "rollout": _rollout(setting, stage, student) if setting.own_rollouts else {},
         "scoring": {**_scoring(setting, stage), **lent},
         "training": _training(setting, stage, student),
     }
@@ -203,19 +205,22 @@ def _rollout(setting: Setting, stage: int, chunks: Sequence[Sequence[Parameter]]
 def _scoring(setting: Setting, stage: int) -> dict[str, int]:
     """The payload of all updates, and what one layer of the largest model that scores would keep.
 
-    Log-probs of the student or the reference as they were: its hidden states at the loss tokens of all microbatches
-    of an update, and with logits as a whole those of a microbatch.
+    Log-probs of the student or the reference as they were, and the student's likeliest ids: its hidden states at the
+    loss tokens of all microbatches of an update, and with logits as a whole those of a microbatch.
     """
     work, value = setting.workload, setting.bytes_per_value
-    models = [setting.teacher, *([setting.reference] if setting.reference else [])]
+    models = [arch for arch in (setting.teacher, setting.reference) if arch is not None]
     later = setting.config.training.updates_per_rollout > 1 and setting.objective.reads_old_logprobs
-    scored = [*([setting.student] if later else []), *([setting.reference] if setting.reference else [])]
+    scored = [
+        *([setting.student] if later or setting.names_ids else []),
+        *([setting.reference] if setting.reference else []),
+    ]
     hidden = logits = 0
     if scored and stage == setting.layout.pipeline - 1:
         tokens = work.pack.loss_tokens * work.microbatches // setting.layout.context
         hidden = max(arch.hidden_size for arch in scored) * tokens * value
         logits = _chunk(setting, work.fullest) * setting.vocab_shard * value
-    layer = max(kept_by_layer(setting, arch, work.fullest) for arch in [*models, *scored])
+    layer = max((kept_by_layer(setting, arch, work.fullest) for arch in [*models, *scored]), default=0)
     return {
         "teacher payload": _payload(setting, stage),
         "hidden states": hidden,
@@ -224,11 +229,14 @@ def _scoring(setting: Setting, stage: int) -> dict[str, int]:
 
 
 def _payload(setting: Setting, stage: int) -> int:
-    """Hidden states at the loss tokens of all microbatches of a step, of the last stage's ranks: N * Dt numbers."""
+    """Of the last stage's ranks, at the loss tokens of all microbatches of a step: hidden states, N * Dt numbers; or
+    what servers said, float32 log-probs of the sampled token and of K ids, and the ids in int64."""
     if stage != setting.layout.pipeline - 1:
         return 0
     work = setting.workload
     tokens = work.sequences * work.response // setting.layout.context
+    if setting.teacher is None:
+        return tokens * (_FP32 * (1 + setting.served_ids) + _INDEX * setting.served_ids)
     return tokens * setting.teacher.hidden_size * setting.bytes_per_value
 
 
@@ -279,8 +287,8 @@ def _chunk(setting: Setting, pack: Pack) -> int:
 def objective_buffers(setting: Setting, pack: Pack) -> int:
     """On the last stage, of N loss tokens: the student's hidden states [N, H] and their gradient, statistics, and
 
-    - logits shards of student and teacher [N, V/TP] (the gradient is written into the student's), on a CPU with three
-      float32 blocks of the kernels; or, later, one of them with the gradient of the head [V/TP, H];
+    - logits shards of student and teacher, where it is here, [N, V/TP] (the gradient is written into the student's),
+      on a CPU with three float32 blocks of the kernels; or, later, one of them with the gradient of the head [V/TP, H];
     - with `head_chunk` the logits of a chunk only, the block of the head's gradient that is computed at once, and zeros
       that stand for the head's gradient.
     """
@@ -290,10 +298,13 @@ def objective_buffers(setting: Setting, pack: Pack) -> int:
     logits = _chunk(setting, pack) * setting.vocab_shard
     blocks = 3 * _FP32 * min(CPU_BLOCK_ELEMENTS, logits) if cpu else 0
     head = value * setting.vocab_shard * hidden
+    models = 1 if setting.teacher is None else 2
     size = 2 * value * tokens * hidden + _STATISTICS * tokens
     if setting.objective.support != "full":
         size += _SUPPORT * tokens * (section.k + 1)
     if section.head_chunk is None:
-        return size + max(2 * value * logits + blocks, value * logits + head)
+        return size + max(models * value * logits + blocks, value * logits + head)
     block = CPU_WEIGHT_GRADIENT_ELEMENTS if cpu else DEVICE_WEIGHT_GRADIENT_ELEMENTS
-    return size + 2 * value * logits + max(blocks, value * min(block, setting.vocab_shard * hidden), head)
+    return (
+        size + models * value * logits + max(blocks, value * min(block, setting.vocab_shard * hidden), head)
+    )

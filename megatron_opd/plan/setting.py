@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_opd.config.schema import Config
-from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Objective
@@ -85,11 +84,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setting:
-    """A run on a kind of device. `layout.data` is filled in."""
+    """A run on a kind of device. `layout.data` is filled in. What servers do is no part of it."""
 
     config: Config
     student: Architecture
-    teacher: Architecture
+    teacher: Architecture | None  # None: it is behind servers
     reference: Architecture | None
     objective: Objective
     layout: ParallelLayout
@@ -102,11 +101,6 @@ class Setting:
         """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
         from what only its data and run directory can show."""
         checked = check_models(config, processes)
-        if checked.teacher is None:
-            raise UserError(
-                "teacher.engine: what servers take is not planned: set it to megatron to plan the run with a teacher "
-                "on its own processes"
-            )
         check_offload(config, gpu=kernels != "cpu", engine=kernels == "transformer-engine")
         layout = layout_of(checked.parallel)
         return cls(
@@ -120,6 +114,21 @@ class Setting:
             padded_vocab=checked.padded_vocab_size,
             kernels=kernels,
         )
+
+    @property
+    def own_rollouts(self) -> bool:
+        """Whether the training processes draw the rollouts, and no servers."""
+        return self.config.rollout.engine == "local"
+
+    @property
+    def served_ids(self) -> int:
+        """Ids of a token whose log-probs a teacher behind servers gives, besides the sampled one's."""
+        return self.config.objective.k if self.objective.support != "full" else 0
+
+    @property
+    def names_ids(self) -> bool:
+        """Whether a teacher behind servers is asked for the student's likeliest ids, which a pass of it finds first."""
+        return self.teacher is None and self.objective.support.startswith("student_topk")
 
     @property
     def vocab_shard(self) -> int:

@@ -13,13 +13,18 @@ from megatron_opd.plan.memory import PHASES, StageMemory
 from megatron_opd.plan.parameters import stage_layers
 from megatron_opd.plan.plan import Plan
 from megatron_opd.plan.timing import LIMITS
-from megatron_opd.plan.traffic import Traffic, group_sizes
+from megatron_opd.plan.traffic import Traffic, group_sizes, payload_bytes
 
 ASSUMED = (
     "Taken: every prompt and response has its longest length (an upper bound); microbatches are full; tokens spread "
     "evenly over the experts; communication overlaps with nothing; a group that reaches beyond a node runs at the "
     "speed between nodes. Segments are equally long: without transformer-engine attention pads uneven ones, which "
     "takes more. Evaluation and checkpoints are left out."
+)
+
+SERVED = (
+    "Not predicted: memory and time of the SGLang servers, and the time that weights and log-probs take between them "
+    "and these processes. Servers on the same machines need GPUs besides."
 )
 
 
@@ -49,6 +54,8 @@ def print_plan(plan: Plan, advice: Sequence[Advice], console: Console | None = N
     for one in advice:
         say(f"  {one}{'' if one.plan.fits else ' (still too much)'}")
     console.print(ASSUMED, style="dim", highlight=False)
+    if plan.setting.teacher is None or not plan.setting.own_rollouts:
+        console.print(SERVED, style="dim", highlight=False)
 
 
 def as_json(plan: Plan, advice: Sequence[Advice]) -> dict[str, Any]:
@@ -63,6 +70,11 @@ def as_json(plan: Plan, advice: Sequence[Advice]) -> dict[str, Any]:
         },
         "workload": vars(setting.workload)
         | {"pack": vars(setting.workload.pack), "fullest": vars(setting.workload.fullest)},
+        "served": {
+            "teacher": setting.teacher is None,
+            "rollouts": not setting.own_rollouts,
+            "payload_bytes": payload_bytes(setting) if setting.teacher is None else None,
+        },
         "fits": plan.fits,
         "usable_bytes": plan.hardware.usable,
         "memory": [
@@ -105,6 +117,11 @@ def _heading(plan: Plan) -> list[str]:
         total = f"{arch.parameter_count() / 1e9:.2f} B parameters"
         active = f", {arch.parameter_count(active=True) / 1e9:.2f} B active" if arch.moe else ""
         lines.append(f"{role:10} {arch.family}, {arch.num_layers} layers, {total}{active}")
+    if plan.setting.teacher is None:
+        size = f"{payload_bytes(plan.setting)} bytes a response token"
+        lines.append(f"{'teacher':10} behind SGLang servers, which give {size}")
+    if not plan.setting.own_rollouts:
+        lines.append(f"{'rollouts':10} by SGLang servers")
     plural = "es" if layout.world_size > 1 else ""
     lines.append(f"{'layout':10} {layout}: {layout.world_size} process{plural} on {plan.hardware.name}")
     lines.append(

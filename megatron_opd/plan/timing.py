@@ -61,11 +61,11 @@ class Span:
 
 
 def step_spans(setting: Setting, hardware: Hardware, traffic: Sequence[Sequence[Traffic]]) -> dict[str, Span]:
-    """The phases of a step; `traffic` is that of every stage."""
+    """The phases of a step on these ranks; `traffic` is that of every stage."""
     clock = _Clock(setting, hardware, traffic)
+    rollout = {"prompts": clock.prompts(), "decoding": clock.decoding()} if setting.own_rollouts else {}
     return {
-        "prompts": clock.prompts(),
-        "decoding": clock.decoding(),
+        **rollout,
         "scoring": clock.scoring(),
         "training": clock.training(),
         "optimizer": clock.optimizer(),
@@ -127,7 +127,8 @@ class _Clock:
         times = []
         for stage in self._stages:
             stage_time = dict.fromkeys(LIMITS, 0.0)
-            for arch, share in [(setting.teacher, 1.0), *scoring_passes(setting)]:
+            teacher = [] if setting.teacher is None else [(setting.teacher, 1.0)]
+            for arch, share in [*teacher, *scoring_passes(setting)]:
                 layers = stage_layers(arch, self.setting.layout)
                 flops = layers * layer_forward(setting, arch, work.pack)
                 if arch is not setting.teacher and stage == last:

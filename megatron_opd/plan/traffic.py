@@ -18,6 +18,7 @@ from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
 
 _FP32 = 4
+_INDEX = 8  # int64
 PHASES = ("prompts", "decoding", "scoring", "training", "optimizer")
 
 
@@ -70,7 +71,10 @@ def _rollout(setting: Setting, stage: int) -> Iterator[Traffic]:
 
     A pass sums [N, H] over TP twice a layer and once for the embedding, and hands [N, H] to the next chunk. Every
     token draws from the gathered logits [B, V] and tells the replica (id, log-prob). No CP or EP inside a pass.
+    Nothing where servers draw.
     """
+    if not setting.own_rollouts:
+        return
     arch, layout, work, c = setting.student, setting.layout, setting.workload, setting.bytes_per_value
     chunks = chunks_of_stage(arch, layout, stage)
     weights = stage_parameters(arch, layout, setting.padded_vocab, stage)
@@ -95,16 +99,36 @@ def _rollout(setting: Setting, stage: int) -> Iterator[Traffic]:
 
 
 def _scoring(setting: Setting, stage: int) -> Iterator[Traffic]:
-    """A forward pass of the teacher, and of other models that score, for every microbatch."""
+    """A forward pass of the teacher, and of other models that score, for every microbatch; or what servers say."""
     work = setting.workload
     passes = work.updates * work.microbatches
-    for arch, share in [(setting.teacher, 1.0), *scoring_passes(setting)]:
+    teacher = [] if setting.teacher is None else [(setting.teacher, 1.0)]
+    for arch, share in [*teacher, *scoring_passes(setting)]:
         yield from _forward(setting, "scoring", arch, work.pack, stage, share * passes)
         yield from _gathered_hidden(setting, "scoring", arch, work.pack, stage, share * passes)
         if arch is not setting.teacher and stage == setting.layout.pipeline - 1:
             tokens = work.pack.loss_tokens // setting.layout.context
-            size = 3 * _FP32 * tokens * setting.layout.tensor
+            numbers = 5 + 3 * setting.served_ids if setting.names_ids and arch is setting.student else 3
+            size = numbers * _FP32 * tokens * setting.layout.tensor
             yield _calls(setting, "scoring", "tp", "all_gather", share * passes, size)
+    if setting.teacher is None and stage == setting.layout.pipeline - 1:
+        yield from _served(setting, passes)
+
+
+def _served(setting: Setting, passes: float) -> Iterator[Traffic]:
+    """What a rank needs to ask servers: over CP tokens, targets and mask of a microbatch [3, T], and the ids to ask for
+    with the mask again [K + 1, T], all int64. Then what they say, once an update over CP and TP."""
+    pack, ids = setting.workload.pack, setting.served_ids
+    rows = 3 + (ids + 1 if setting.names_ids else 0)
+    yield _calls(setting, "scoring", "cp", "all_gather", passes, _INDEX * rows * pack.tokens)
+    said = payload_bytes(setting) * pack.loss_tokens * setting.workload.microbatches
+    for group in ("cp", "tp"):
+        yield _calls(setting, "scoring", group, "broadcast", setting.workload.updates, said)
+
+
+def payload_bytes(setting: Setting) -> int:
+    """Of a response token from servers: a float32 log-prob of it and of every id, and the ids in int32."""
+    return _FP32 * (1 + 2 * setting.served_ids)
 
 
 def _training(setting: Setting, stage: int) -> Iterator[Traffic]:
@@ -206,7 +230,9 @@ def _objective(setting: Setting, passes: float) -> Iterator[Traffic]:
     tokens = pack.loss_tokens // setting.layout.context
     kind = "reverse_kl" if section.sampled else section.divergence
     rows = [7 + (kind == "forward_kl")]
-    if section.support != "full":
+    if setting.teacher is None:
+        rows = [3 + section.k if section.support != "full" else 3]
+    elif section.support != "full":
         rows = [7 + 3 * section.k]
     elif kind == "jsd":
         rows = [7, 2]

@@ -6,7 +6,6 @@ server keeps its port and loads the newest weights that the run has written, so 
 
 import atexit
 import itertools
-import json
 import os
 import secrets
 import socket
@@ -20,10 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import torch
 
 from megatron_opd.errors import UserError
 from megatron_opd.rollout import guard
+from megatron_opd.rollout.server_start import (
+    ServerSettings,
+    hold_port,
+    server_command,
+    server_environment,
+)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEALTH_EVERY = 10.0  # seconds between two health checks of a server
@@ -33,24 +37,9 @@ RESTARTS, RESTART_WINDOW = 3, 600.0  # restarts of a server at most within so ma
 PROGRESS_EVERY = 15.0  # seconds between two lines about servers that are still starting
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """How the servers of a run are started."""
-
-    python: Path  # interpreter of the environment that has SGLang
-    count: int
-    dtype: str  # "float32" or "bfloat16"
-    longest: int  # tokens of a prompt with its response at most
-    concurrency: int  # requests in flight at a server at most
-    stop_ids: tuple[int, ...] = ()  # ids that end a response; those of the model's files besides
-    start_timeout: float  # seconds from start to the first answer
-    host: str = "127.0.0.1"
-    arguments: tuple[str, ...] = ()  # further arguments of sglang.launch_server
-    key: str = "rollout.sglang"  # section of the configuration, which errors name
-
-
 @dataclass
 class _Server:
+    held: socket.socket  # keeps the port for the server, whether it runs or not
     port: int
     log: Path
     number: int = field(
@@ -98,7 +87,7 @@ class Servers:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._weights = (model.absolute(), version)
         logs = [self._folder / f"server-{index}.log" for index in range(self._settings.count)]
-        self._servers = [_Server(_free_port(self._settings.host), log) for log in logs]
+        self._servers = [_Server(*hold_port(self._settings.host), log) for log in logs]
         atexit.register(self.stop)
         began = time.monotonic()
         try:
@@ -142,36 +131,15 @@ class Servers:
             self._watcher.join()
         for server in self._servers:
             self._end(server)
+            server.held.close()
         atexit.unregister(self.stop)
 
     def command(self, port: int) -> list[str]:
         """The command line of a server."""
         assert self._weights is not None
-        settings, (model, version) = self._settings, self._weights
-        arguments = {
-            "--model-path": str(model),
-            "--weight-version": version,
-            "--host": settings.host,
-            "--port": str(port),
-            "--dtype": settings.dtype,
-            # SGLang keeps a few positions for itself.
-            "--context-length": str(settings.longest + 8),
-        }
-        if not torch.cuda.is_available():
-            arguments |= {
-                "--device": "cpu",
-                "--attention-backend": "torch_native",
-                # By itself SGLang takes most of the host's memory for its cache.
-                "--max-total-tokens": str(settings.concurrency * (settings.longest + 8)),
-            }
-        if settings.stop_ids:  # instead of config.json's, which may say otherwise
-            arguments["--json-model-override-args"] = json.dumps({"eos_token_id": settings.stop_ids})
-        flags = ["--skip-tokenizer-init", "--sleep-on-idle", "--log-level-http", "warning"]
-        if self.api_key is not None:  # not on the command line, which every user of the machine can read
-            flags += ["--config", str(self._key_file())]
-        pairs = [word for pair in arguments.items() for word in pair]
-        module = [str(settings.python), "-m", "sglang.launch_server"]
-        return [*module, *flags, *pairs, *settings.arguments]
+        # Not on the command line, which every user of the machine can read.
+        key_file = self._key_file() if self.api_key is not None else None
+        return server_command(self._settings, *self._weights, port, key_file)
 
     def _key_file(self) -> Path:
         path = self._folder / "api-key.yaml"
@@ -180,20 +148,10 @@ class Servers:
         return path
 
     def _launch(self, server: _Server) -> None:
-        environment = {
-            **_without_ranks(os.environ),
-            "HF_HUB_OFFLINE": "1",
-            # The context is a few tokens longer than the longest sequence, perhaps than the model's positions.
-            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-        }
-        if not torch.cuda.is_available():
-            cores = sorted(os.sched_getaffinity(0))
-            environment |= {
-                "SGLANG_USE_CPU_ENGINE": "1",
-                # Threads that share a core with other work wait for each other most of the time.
-                "SGLANG_CPU_OMP_THREADS_BIND": str(cores[server.number % len(cores)]),
-            }
         command = [sys.executable, guard.__file__, str(os.getpid()), *self.command(server.port)]
+        environment = server_environment(
+            self._settings, self._servers.index(server), server.number, os.environ
+        )
         with server.log.open("ab") as log:
             server.process = subprocess.Popen(
                 command,
@@ -299,32 +257,6 @@ class Servers:
         except subprocess.TimeoutExpired:
             server.process.kill()  # and the kernel the server with it
             server.process.wait()
-
-
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _without_ranks(environment: "os._Environ[str]") -> dict[str, str]:
-    """The environment without what makes a process a rank of the training."""
-    ranks = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "PYTHONPATH",
-    )
-    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_")
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in ranks and not name.startswith(prefixes)
-    }
 
 
 def last_line(log: Path) -> str:

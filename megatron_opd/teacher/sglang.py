@@ -78,12 +78,17 @@ class SGLangTeacher:
         return self._runner.run(self._servers.fetch_all(path, body))
 
     def score(
-        self, microbatches: Sequence[Microbatch], ids: Sequence[Tensor | None] | None = None
+        self,
+        microbatches: Sequence[Microbatch],
+        ids: Sequence[Tensor | None] | None = None,
+        *,
+        k: int | None = None,
     ) -> list[ServedLogprobs | None]:
         """One payload a microbatch on the last pipeline stage, None on the others.
 
         `ids` [n, K] int64 of each microbatch, on the last stage, are the support in the place of the teacher's k
-        likeliest; the same K everywhere, the same ids on all ranks of a tensor-parallel group.
+        likeliest; the same K everywhere, the same ids on all ranks of a tensor-parallel group. `k` replaces the
+        teacher's own: with 0 the sampled tokens alone are scored.
 
         Collectives: over context-parallel ranks 1 all-gather a microbatch (2 with `ids`) and 1 broadcast, over
         tensor-parallel ones 1 broadcast, and 1 object all-gather over WORLD. Raises UserError on every rank of it when
@@ -94,12 +99,13 @@ class SGLangTeacher:
                 return [None] * len(microbatches)
         whole = [self._whole(microbatch) for microbatch in microbatches]
         wanted = None if ids is None else self._whole_ids(microbatches, ids)
-        width = self._k if wanted is None else wanted.shape[1]
+        k = self._k if k is None else k
+        width = k if wanted is None else wanted.shape[1]
         count = sum(int(mask_T.sum()) for _, _, mask_T in whole)
         packed = torch.empty(count, 1 + 2 * width, dtype=torch.int32)
         with alike(dist.group.WORLD):
             if self.asks:
-                packed = _pack(self._ask(whole, microbatches, wanted), packed)
+                packed = _pack(self._ask(whole, microbatches, wanted, k), packed)
         packed = packed.to(microbatches[0].tokens_T.device)
         if self.groups.tp.rank() == 0 and self.groups.cp.size() > 1:
             dist.broadcast(packed, group=self.groups.cp, group_src=0)
@@ -136,6 +142,7 @@ class SGLangTeacher:
         whole: Sequence[tuple[Tensor, Tensor, Tensor]],
         microbatches: Sequence[Microbatch],
         wanted: Ids | None,
+        k: int,
     ) -> list[Scored]:
         """What the servers say of all spans, in the order of the loss positions."""
         assert self._servers is not None, "connect comes before score"
@@ -146,16 +153,15 @@ class SGLangTeacher:
                 rows = slice(row, row + len(span.positions))
                 row = rows.stop
                 if wanted is None:
-                    requests.append(self._request(span, None))
+                    requests.append(self._request(span, None, k))
                 else:
-                    requests += [self._request(*part) for part in cut_to_limit(span, wanted[rows])]
+                    requests += [self._request(*part, 0) for part in cut_to_limit(span, wanted[rows])]
         return self._runner.run(self._servers.run(requests, ANY_WEIGHTS))
 
-    def _request(self, span: Span, wanted: Ids | None) -> Request[Scored]:
+    def _request(self, span: Span, wanted: Ids | None, k: int) -> Request[Scored]:
         """A request about a span, with the function that makes the reply a result."""
         ids = span.tokens if wanted is None else np.append(span.tokens, wanted)
         assert ids.min() >= 0 and ids.max() < self._vocab_size, "an id that the model lacks kills the server"
-        k = self._k if wanted is None else 0
 
         def parse(reply: Any) -> Scored:
             return parse_score(reply, span, k, wanted, self._vocab_size)

@@ -192,12 +192,14 @@ class Job:
         temperature = self.config.rollout.temperature
         payloads: Sequence[TeacherPayload | None]
         if isinstance(self.teacher, SGLangTeacher):
-            name, payloads = "reverse_kl_sampled", self.teacher.score(heldout.microbatches)
+            name = "reverse_kl_sampled"
             measure = Objective("policy_gradient", temperature=temperature, served_at=1.0)
+            payloads = self.teacher.score(heldout.microbatches, k=0)
         else:
-            name, payloads = "reverse_kl", self.teacher.score(heldout.microbatches, "hidden_states")
-            measure = Objective(temperature=temperature)
-        heldout, plain = replace(heldout, payloads=payloads), replace(self.objective, objective=measure)
+            name, measure = "reverse_kl", Objective(temperature=temperature)
+            payloads = self.teacher.score(heldout.microbatches, "hidden_states")
+        heldout = replace(heldout, payloads=payloads)
+        plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)
         return name, sums[name] / heldout.scale.loss_tokens, heldout.scale.loss_tokens
 

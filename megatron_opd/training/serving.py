@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron_opd.config.rollout import SGLangConfig
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.rollout.replicas import WeightsLost
-from megatron_opd.rollout.servers import Servers, ServerSettings
+from megatron_opd.rollout.server_start import ServerSettings
+from megatron_opd.rollout.servers import Servers
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.training.job import Job
 from megatron_opd.weight_sync.disk import DiskTransport
@@ -123,6 +124,7 @@ def server_settings(job: Job, config: SGLangConfig) -> ServerSettings:
         stop_ids=job.texts.stop_ids,
         start_timeout=config.outage_timeout,
         host=config.host,
+        gpus=tuple(config.gpus),
         arguments=tuple(config.arguments),
     )
 

@@ -41,6 +41,18 @@ def test_rollouts_and_teacher_have_servers_of_their_own() -> None:
             "teacher.sglang.servers: of servers that the run starts",
         ),
         (
+            {"teacher": {**SERVED, "sglang": {"urls": ["http://a:1"], "gpus": [2]}}},
+            "teacher.sglang.gpus: of servers that the run starts",
+        ),
+        (
+            {"teacher": {**SERVED, "sglang": {"python": "p", "servers": 2, "gpus": [4, 5, 6]}}},
+            "teacher.sglang.gpus: .* 3 for 2 servers do not go",
+        ),
+        (
+            {"teacher": {**SERVED, "sglang": {"python": "p", "servers": 2, "gpus": [4, 4]}}},
+            "teacher.sglang.gpus: .* each GPU once: 1 for 2 servers",
+        ),
+        (
             {"teacher": {**SERVED, "sglang": {"python": "p", "arguments": ["--port=3"]}}},
             "teacher.sglang.arguments: --port is set by the run",
         ),

@@ -38,6 +38,7 @@ def test_one_process(
     planned = config(tmp_path_factory.getbasetemp() / "plan", sizes, **RUNS[name])
     scoring, training = gloo(1, counted, planned)[0]
     setting = setting_of(planned)
+    assert setting.teacher is not None
     flops = stage_flops(setting, 0)
     work = setting.workload
     # There every position meets the whole segment, forward and backward, and nothing is computed again for the latter.

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from megatron_opd.errors import UserError
-from megatron_opd.rollout.servers import Servers, ServerSettings, last_line
+from megatron_opd.rollout.server_start import ServerSettings
+from megatron_opd.rollout.servers import Servers, last_line
 
 SETTINGS = ServerSettings(
     python=Path(sys.executable), count=2, dtype="float32", longest=64, concurrency=4, start_timeout=60.0

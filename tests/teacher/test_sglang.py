@@ -53,13 +53,26 @@ def largest_errors(url: str, folder: Path, *, k: int, named: bool, request_token
     teacher = SGLangTeacher(groups, vocab_size=arch.vocab_size, k=k, request_tokens=request_tokens)
     teacher.connect([url], concurrency=16)
     payloads = teacher.score(packed, given if named else None)
+    sampled = teacher.score(packed, k=0)
     teacher.close()
-    errors: dict[str, Any] = {"sampled": 0.0, "support": 0.0, "same ids": True, "shapes": set()}
-    for payload, full_NV, microbatch, ids_NK in zip(payloads, truth, packed, given, strict=True):
-        assert isinstance(payload, ServedLogprobs)
+    errors: dict[str, Any] = {
+        "sampled": 0.0,
+        "support": 0.0,
+        "same ids": True,
+        "shapes": set(),
+        "bytes": set(),
+    }
+    for payload, alone, full_NV, microbatch, ids_NK in zip(
+        payloads, sampled, truth, packed, given, strict=True
+    ):
+        assert isinstance(payload, ServedLogprobs) and isinstance(alone, ServedLogprobs)
+        assert alone.ids is None and torch.allclose(alone.logprob, payload.logprob, atol=1e-5)
         targets_N1 = microbatch.targets_T[microbatch.mask_T][:, None]
         gap = (payload.logprob - full_NV.gather(1, targets_N1)[:, 0]).abs().max()
         errors["sampled"] = max(errors["sampled"], float(gap))
+        parts = [part for part in vars(payload).values() if part is not None]
+        storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+        errors["bytes"].add(sum(storages.values()) / len(payload.logprob))
         if payload.ids is None or payload.ids_logprob is None:
             continue
         expected = ids_NK if named else full_NV.topk(k).indices
@@ -79,4 +92,6 @@ def test_the_training_forwards_logprobs(
         1, largest_errors, sglang.url, sglang.models[0], k=k, named=named, request_tokens=request_tokens
     )
     assert errors["sampled"] < 1e-5 and errors["support"] < 1e-5 and errors["same ids"]
-    assert errors["shapes"] == ({5} if named else {6} if k else set())
+    ids = 5 if named else k
+    assert errors["shapes"] == ({ids} if ids else set())
+    assert errors["bytes"] == {4 + 12 * ids}, "as the plan has it"

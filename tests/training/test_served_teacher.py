@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.objectives import Objective, TokenWeight
 from megatron_opd.parallel.groups import ParallelLayout
+from megatron_opd.teacher import sglang as scoring
 from megatron_opd.teacher.sglang import SGLangTeacher
 from megatron_opd.train import evaluate, train_step
 from megatron_opd.training.teaching import teaching
@@ -105,8 +107,25 @@ def steps(folder: Path, run_dir: Path, url: str | None, **changes: Any) -> list[
     with teaching(job, said.append):
         rows = [train_step(job, step)[0] for step in (1, 2)]
         if job.texts.heldout:
-            rows.append(evaluate(job, 2))
+            with mock.patch.object(scoring, "score_body", wraps=scoring.score_body) as asked:
+                rows.append(evaluate(job, 2))
+            assert {call.args[1:] for call in asked.call_args_list} <= {(0, None)}, "sampled tokens only"
+            assert asked.called == (url is not None)
     return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
+
+
+def test_at_no_distance_on_the_students_own_likeliest_ids(
+    gloo: GlooPools, sglang: SGLangServer, folder: Path, tmp_path: Path
+) -> None:
+    support: dict[str, Any] = {
+        "objective__support": "student_topk",
+        "objective__remainder": "bucket",
+        "objective__k": 6,
+    }
+    itself: dict[str, Any] = {"student__path": folder / "same", "evaluation__prompts": "null"}
+    row = gloo(1, steps, folder, tmp_path / "run", sglang.url, **support, **itself)[0][0]
+    assert abs(row["topk_divergence"]) < 1e-5 and row["abs_log_gap"] < 1e-5
+    assert 0.01 < row["teacher_mass"] < 0.99, "six ids, and the rest in a bucket"
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ class Built:
                 torch.nn.init.normal_(parameter, std=0.02)
             return chunks
 
+        assert setting.teacher is not None
         teacher = MegatronTeacher(random(setting.teacher), groups)
         student = build_student(
             random(setting.student, config.training.recompute),

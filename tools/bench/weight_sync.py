@@ -27,7 +27,8 @@ from megatron_opd.models.architecture import read_architecture
 from megatron_opd.models.gpt import DTYPES, build_gpt
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
-from megatron_opd.rollout.servers import Servers, ServerSettings
+from megatron_opd.rollout.server_start import ServerSettings
+from megatron_opd.rollout.servers import Servers
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.weight_sync.disk import DiskTransport
 from megatron_opd.weight_sync.distributed import DistributedTransport
