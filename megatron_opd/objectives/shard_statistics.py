@@ -122,10 +122,9 @@ def support_of(
             rows["scores"], rows["ids"], rows.get("others"), request.k
         )
         scores_KN, others_KN = scores_NK.t(), None if others_NK is None else others_NK.t()
-        student_KN, teacher_KN = scores_KN, others_KN
-        if request.best_of == "teacher":
-            student_KN, teacher_KN = others_KN, scores_KN
-        return ids_NK, student_KN, teacher_KN
+        if request.best_of == "student":
+            return ids_NK, scores_KN, others_KN
+        return ids_NK, others_KN, scores_KN
     if ids_NK is None:
         return None, None, None
     teacher_ids_KN = rows["teacher_ids"].amax(0) if "teacher_ids" in rows else None

@@ -49,6 +49,8 @@ def make_payload(
 def _gathered(logits_NW: Tensor, group: dist.ProcessGroup, vocab_size: int) -> Tensor:
     """[N, vocab_size] of all shards, without the ids that pad the vocabulary."""
     ranks, (tokens, width) = dist.get_world_size(group), logits_NW.shape
+    if ranks == 1:
+        return logits_NW[:, :vocab_size].contiguous()
     shards = logits_NW.new_empty(ranks, tokens, width)
     dist.all_gather_into_tensor(shards.view(ranks * tokens, width), logits_NW, group=group)
     return shards.transpose(0, 1).reshape(tokens, ranks * width)[:, :vocab_size].contiguous()

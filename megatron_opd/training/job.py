@@ -184,9 +184,9 @@ class Job:
     def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[str, float, int]:
         """(name, nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare.
 
-        A Megatron teacher is asked for hidden states, whatever it hands over else. Of a teacher behind servers the
-        distribution is not known, and `reverse_kl_sampled` is its estimate from the
-        sampled tokens: the mean of log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
+        A Megatron teacher is asked for hidden states, whatever its payload is else. Of a teacher behind servers the
+        distribution is not known, and `reverse_kl_sampled` is its estimate from the sampled tokens: the mean of
+        log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
         """
         heldout = self.packed(rollouts)
         temperature = self.config.rollout.temperature

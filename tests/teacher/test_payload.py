@@ -48,21 +48,21 @@ class Case:
         return f"{self.kind}-{what}-{self.layout}"
 
 
-TP2, CP2 = {"tensor": 2}, {"context": 2}
+TP2, CP2 = ParallelLayout(tensor=2), ParallelLayout(context=2)
 CASES = [
     Case("logits", Objective(temperature=0.7, token_weight=IW)),
-    Case("logits", Objective("jsd"), ParallelLayout(**TP2), 3),
-    Case("logits", Objective(support="student_topk", k=K, temperature=0.7), ParallelLayout(**CP2)),
+    Case("logits", Objective("jsd"), TP2, 3),
+    Case("logits", Objective(support="student_topk", k=K, temperature=0.7), CP2),
     Case("topk", AOPD, ParallelLayout(pipeline=2), 3),
-    Case("topk", Objective(**TOPK, temperature=0.7, token_weight=IW), ParallelLayout(**CP2)),
-    Case("topk", Objective(**TOPK, remainder="bucket", temperature=0.7), ParallelLayout(**TP2)),
+    Case("topk", Objective(**TOPK, temperature=0.7, token_weight=IW), CP2),
+    Case("topk", Objective(**TOPK, remainder="bucket", temperature=0.7), TP2),
     Case("topk", Objective("forward_kl", **TOPK, remainder="none", temperature=0.7), head_chunk=3),
-    Case("topk", Objective(**TOPK, remainder="mass_correction"), ParallelLayout(**TP2, **CP2), 3),
-    Case("topk", Objective(**TOPK, remainder="sampled_tail", temperature=0.7), ParallelLayout(**TP2)),
+    Case("topk", Objective(**TOPK, remainder="mass_correction"), ParallelLayout(tensor=2, context=2), 3),
+    Case("topk", Objective(**TOPK, remainder="sampled_tail", temperature=0.7), TP2),
     Case("topk", Objective(**(TOPK | {"support": "teacher_topk_sampled"}), temperature=0.7)),
-    Case("sampled", Objective("policy_gradient", temperature=0.7), ParallelLayout(**TP2)),
+    Case("sampled", Objective("policy_gradient", temperature=0.7), TP2),
     Case("sampled", Objective("policy_gradient", token_weight=IW, temperature=0.7), head_chunk=3),
-    Case("sampled", Objective("policy_gradient", token_weight=IW), ParallelLayout(**CP2)),
+    Case("sampled", Objective("policy_gradient", token_weight=IW), CP2),
 ]
 
 
