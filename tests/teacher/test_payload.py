@@ -10,6 +10,7 @@ import torch
 
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.data.packing import Microbatch
+from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Gate, Objective, TokenWeight
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.teacher.megatron import MegatronTeacher
@@ -41,15 +42,17 @@ class Case:
     objective: Objective
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     head_chunk: int | None = None
+    precision: str = "fp32"
 
     def __str__(self) -> str:
         objective = self.objective
         what = objective.divergence if objective.support == "full" else objective.remainder
-        return f"{self.kind}-{what}-{self.layout}"
+        return f"{self.kind}-{what}-{self.layout}-{self.precision}"
 
 
 TP2, CP2 = ParallelLayout(tensor=2), ParallelLayout(context=2)
 CASES = [
+    Case("hidden_states", Objective("forward_kl"), head_chunk=3),
     Case("logits", Objective(temperature=0.7, token_weight=IW)),
     Case("logits", Objective("jsd"), TP2, 3),
     Case("logits", Objective(support="student_topk", k=K, temperature=0.7), CP2),
@@ -63,6 +66,11 @@ CASES = [
     Case("sampled", Objective("policy_gradient", temperature=0.7), TP2),
     Case("sampled", Objective("policy_gradient", token_weight=IW, temperature=0.7), head_chunk=3),
     Case("sampled", Objective("policy_gradient", token_weight=IW), CP2),
+    # The same rounded logits, of which everything else is computed in float32.
+    Case("hidden_states", Objective(), precision="bf16"),
+    Case("logits", Objective(), precision="bf16"),
+    Case("topk", Objective(**TOPK, temperature=0.7), TP2, 3, "bf16"),
+    Case("sampled", Objective("policy_gradient", temperature=0.7), precision="bf16"),
 ]
 
 
@@ -95,7 +103,7 @@ def hand_over(run: TinyRun, case: Case) -> None:
     """Have the run's teacher hand over what the case says."""
     plain, objective = run.objective.teacher, case.objective
     assert isinstance(plain, MegatronTeacher)
-    form = PayloadFormat(case.kind, HIDDEN, VOCAB, torch.float32, K, objective.temperature)
+    form = PayloadFormat(case.kind, HIDDEN, VOCAB, DTYPES[case.precision], K, objective.temperature)
     teacher = Carried(plain.chunks, run.groups, form=form, head_chunk=case.head_chunk)
     teacher.form = form
     if case.kind in SERVED_KINDS:
@@ -114,6 +122,7 @@ def both(
         optimizer=OptimizerConfig(distributed=False),
         objective=case.objective,
         head_chunk=case.head_chunk,
+        precision=case.precision,
     )
     packed = run.pack(recorded_rollouts(7))
     found = [(run.accumulate(packed), run.gradients())]
