@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.data.packing import Microbatch
@@ -19,8 +20,10 @@ from megatron_opd.teacher.payload import (
     PayloadFormat,
     PayloadKind,
     TeacherPayload,
+    WholeLogits,
     tensors_of,
 )
+from megatron_opd.teacher.projection import distribution
 from tests.gloo_pool import GlooPools
 from tests.tiny import VOCAB, recorded_rollouts
 from tests.training.tiny_run import TinyRun, build_run, save_pair
@@ -163,3 +166,21 @@ def test_the_teacher_itself_is_at_no_distance(
     _, (sums, gradients) = gloo(1, both, case, models, "teacher")[0]
     assert abs(sums[distance]) / sums["weight"] < 1e-5
     assert max(float(gradient.abs().max()) for gradient in gradients.values()) < 1e-4
+
+
+def cut(vocab: int, width: int) -> torch.Tensor:
+    """This rank's columns of whole logits that are their ids."""
+    logits_NV = torch.arange(vocab, dtype=torch.float32).expand(3, -1)
+    group = dist.group.WORLD
+    assert group is not None
+    found = distribution(WholeLogits(logits_NV), None, width, group, chunked=True)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+@pytest.mark.parametrize("width", [75, 80, 100, 200])
+def test_whole_logits_are_cut_as_the_students_head_is(gloo: GlooPools, width: int) -> None:
+    """Into padded shards, of which the last may have no real id."""
+    shards = gloo(2, cut, 150, width)
+    assert all(shard.shape == (3, width) for shard in shards)
+    assert torch.equal(torch.cat(shards, 1)[:, :150], torch.arange(150.0).expand(3, -1))
