@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from megatron_opd.config.checks import check_layout
-from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.schema import Config, ParallelConfig, TeacherConfig
 from megatron_opd.config.section import Section
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, ServedModel, read_architecture, read_served
@@ -19,6 +19,7 @@ from megatron_opd.objectives.objective import Objective
 from megatron_opd.objectives.policy_gradient import PolicyGradient
 from megatron_opd.objectives.shaping import Shaping
 from megatron_opd.objectives.token_weights import TokenWeight
+from megatron_opd.teacher.payload import SERVED_KINDS
 
 MEMORY_SHARE = "--mem-fraction-static"  # SGLang's argument
 Settings = TypeVar("Settings", Gate, PolicyGradient, Shaping, TokenWeight)
@@ -93,7 +94,7 @@ def check_models(config: Config, world_size: int) -> Checked:
     objective = build_objective(config)
     student = _read("student.path", config.student.path, read_architecture)
     served, teacher = None, None
-    if objective.served:
+    if config.teacher.engine == "sglang":
         served = _read("teacher.path", config.teacher.path, read_served)
     else:
         teacher = _read("teacher.path", config.teacher.path, read_architecture)
@@ -115,7 +116,7 @@ def build_objective(config: Config) -> Objective:
     shaping = _settings(Shaping, "shaping", section.shaping)
     token_weight = _settings(TokenWeight, "token_weight", section.token_weight)
     try:
-        return Objective(
+        objective = Objective(
             divergence=section.divergence,
             beta=section.beta,
             support=section.support,
@@ -127,10 +128,22 @@ def build_objective(config: Config) -> Objective:
             token_weight=token_weight,
             temperature=config.rollout.temperature,
             kept_ids_only=section.kept_ids_only,
-            served=config.teacher.engine == "sglang",
         )
     except ValueError as error:
         raise UserError(f"objective.{error}") from None
+    return _served(objective, config.teacher)
+
+
+def _served(objective: Objective, teacher: TeacherConfig) -> Objective:
+    """Of a teacher that gives log-probs: servers do at temperature 1, ours at that of the rollouts."""
+    servers = teacher.engine == "sglang"
+    if not servers and teacher.payload not in SERVED_KINDS:
+        return objective
+    try:
+        return replace(objective, served_at=1.0 if servers else objective.temperature)
+    except ValueError as error:
+        remedy = "" if servers else ", or set teacher.payload to hidden_states"
+        raise UserError(f"objective.{error}{remedy}") from None
 
 
 def _settings(kind: type[Settings], key: str, section: Section) -> Settings:

@@ -45,12 +45,35 @@ def test_the_schema_and_the_objective_have_the_same_keys_and_defaults() -> None:
     assert build_objective(config({})) == Objective()
     section = config({}).objective
     outside = {"preset", "mask", "check", "head_chunk"}
-    ours = {field.name for field in fields(Objective)} - {"temperature", "served"}
+    ours = {field.name for field in fields(Objective)} - {"temperature", "served_at"}
     assert ours == set(type(section).model_fields) - outside
     for name in ours:
         part = getattr(section, name)
         if isinstance(part, Section):
             assert part.model_dump() == vars(getattr(Objective(), name))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "at"),
+    [
+        ({}, None),
+        ({"payload": "logits"}, None),
+        ({"payload": "sampled"}, 0.7),
+        ({"engine": "sglang", "sglang": {"urls": ["http://a:1"]}}, 1.0),
+    ],
+)
+def test_the_temperature_of_a_teachers_log_probs(teacher: dict[str, Any], at: float | None) -> None:
+    objective = {"divergence": "policy_gradient"} if at != 1.0 else {"support": "teacher_topk"}
+    sections = {"teacher": {"path": "t", **teacher}, "rollout": {"temperature": 0.7}, "objective": objective}
+    assert build_objective(Config.model_validate({**MINIMAL, **sections})).served_at == at
+
+
+def test_what_a_payload_lacks_is_refused_with_the_one_that_has_it() -> None:
+    sections = {"teacher": {"path": "t", "payload": "topk"}, "objective": {"divergence": "jsd"}}
+    with pytest.raises(
+        UserError, match=r"^objective.support: jsd .* needs all logits.*teacher.payload to hidden_states$"
+    ):
+        build_objective(Config.model_validate({**MINIMAL, **sections}))
 
 
 @pytest.mark.parametrize("name", PRESETS)

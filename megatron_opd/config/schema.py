@@ -39,6 +39,13 @@ class TeacherConfig(FrozenModelConfig):
         description="megatron: on the training processes. sglang: SGLang servers, as the section `sglang` says, which "
         "give log-probs of single tokens: for policy_gradient or a support, at temperature 1 or renormalized.",
     )
+    payload: Literal["hidden_states", "logits", "topk", "sampled"] = Field(
+        "hidden_states",
+        description="What the engine megatron hands over of each response token. hidden_states: for every objective. "
+        "logits: of the whole vocabulary, for debugging. topk: log-probs of the sampled token and of its "
+        "`objective.k` likeliest tokens, for a teacher_topk support. sampled: of the sampled token, for "
+        "policy_gradient.",
+    )
     sglang: SGLangConfig = SGLangConfig()
     request_tokens: PositiveInt = Field(
         2048,

@@ -50,7 +50,12 @@ def check_teacher(config: Config) -> None:
                 raise UserError(
                     f"teacher.{key}: the engine megatron does not read it: set teacher.engine to sglang"
                 )
+        _check_payload(teacher.payload, config.objective.support)
         return
+    if teacher.payload != TeacherConfig.model_fields["payload"].default:
+        raise UserError(
+            "teacher.payload: servers give what the objective reads: remove it, or set teacher.engine to megatron"
+        )
     check_servers("teacher.sglang", teacher.sglang)
     if teacher.offload:
         raise UserError("teacher.offload: with teacher.engine sglang nothing of it is here: set it to false")
@@ -63,4 +68,25 @@ def check_teacher(config: Config) -> None:
         raise UserError(
             "evaluation.prompts: servers score at temperature 1, and the held-out responses are drawn at "
             f"{config.rollout.temperature:g}: leave it null, or set rollout.temperature to 1"
+        )
+
+
+def _check_payload(payload: str, support: str) -> None:
+    """The ids of log-probs that a Megatron teacher hands over are those that the objective reads."""
+    if payload not in ("topk", "sampled"):
+        return
+    if support.startswith("student_topk"):
+        raise UserError(
+            f"teacher.payload: {payload} has no log-probs of the student's likeliest ids, which objective.support "
+            f"{support} reads: set it to hidden_states"
+        )
+    if payload == "topk" and support == "full":
+        raise UserError(
+            "teacher.payload: nothing reads the ids of topk while objective.support is full: set it to sampled or "
+            "hidden_states"
+        )
+    if payload == "sampled" and support != "full":
+        raise UserError(
+            f"teacher.payload: sampled has no ids, which objective.support {support} reads: set it to topk or "
+            "hidden_states"
         )

@@ -2,7 +2,7 @@
 
 Here live the divergences of student and teacher (`divergence`, `linear_divergence`, `topk`) over one core
 (`vocab_parallel` with `shard_statistics`, `merge`, `candidates`, `shard_gradient`, `logits`, `kept_ids`), what they
-return (`stats`), what a teacher behind a server says instead of logits (`served`), the sampled-token estimator
+return (`stats`), what a teacher may say instead of logits (`served`), the sampled-token estimator
 (`policy_gradient`, `shaping`), the `gates`, the token weights and their prefix sums (`token_weights`, `scan`,
 `context_parallel`), the loss they make together (`objective`, with the table of what goes together in `combinations`)
 and the slow dense float64 truth (`reference`). This folder imports torch and `megatron_opd.kernels` only: nothing of
@@ -20,7 +20,7 @@ from megatron_opd.objectives.logits import LinearLogits
 from megatron_opd.objectives.objective import Objective
 from megatron_opd.objectives.policy_gradient import PolicyGradient, discounted_returns, policy_gradient
 from megatron_opd.objectives.scan import SegmentScan, discounted_suffix_sums, segmented_prefix_sums
-from megatron_opd.objectives.served import ServedLogprobs
+from megatron_opd.objectives.served import ServedLogprobs, served_logprobs
 from megatron_opd.objectives.shaping import Shaping, shaped_reward
 from megatron_opd.objectives.shard import DIVERGENCE_KINDS
 from megatron_opd.objectives.stats import TokenStats
@@ -51,6 +51,7 @@ __all__ = [
     "reference",
     "sampled_logprob",
     "segmented_prefix_sums",
+    "served_logprobs",
     "shaped_reward",
     "teacher_entropy_gate",
     "token_weights",

@@ -58,7 +58,9 @@ def _smallest_of_tied(scores_NV: Tensor, threshold_N1: Tensor, k: int) -> Tensor
     return columns_P[~tied_P | (place_P <= k - above_N[rows_P])].view(-1, k)
 
 
-def best_of_shards(scores_RKN: Tensor, ids_RKN: Tensor, other_RKN: Tensor, k: int) -> tuple[Tensor, ...]:
+def best_of_shards(
+    scores_RKN: Tensor, ids_RKN: Tensor, other_RKN: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(ids, scores, other) [N, k] of the k best candidates of all ranks; -1 and -inf where there are fewer.
 
     Candidates of score -inf are none: an id that the choosing model excludes is never among the best.
@@ -69,6 +71,9 @@ def best_of_shards(scores_RKN: Tensor, ids_RKN: Tensor, other_RKN: Tensor, k: in
     order_NK = scores_NC.sort(dim=1, descending=True, stable=True).indices[:, :k]
     scores_NK = scores_NC.gather(1, order_NK)
     ids_NK = ids_RKN.flatten(0, 1).t().gather(1, order_NK).long()
-    other_NK = other_RKN.flatten(0, 1).t().gather(1, order_NK)
     present_NK = scores_NK != -torch.inf  # NaN is present: it must stay visible
-    return ids_NK.where(present_NK, -1), scores_NK, other_NK.where(present_NK, -torch.inf)
+    ids_NK = ids_NK.where(present_NK, -1)
+    if other_RKN is None:
+        return ids_NK, scores_NK, None
+    other_NK = other_RKN.flatten(0, 1).t().gather(1, order_NK)
+    return ids_NK, scores_NK, other_NK.where(present_NK, -torch.inf)

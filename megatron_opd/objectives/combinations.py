@@ -190,9 +190,9 @@ def _check_token_weight(objective: Objective) -> None:
 
 
 def _check_served(objective: Objective) -> None:
-    """What log-probs of single ids, at temperature 1, are enough for."""
+    """What log-probs of single ids are enough for."""
     divergence, policy, gate = objective.divergence, objective.policy, objective.gate.kind
-    served = "a teacher behind a server does not give"
+    served = "a teacher that hands over log-probs of single tokens does not give"
     if objective.kept_ids_only:
         raise ValueError(f"kept_ids_only: needs log-probs of every kept id, which {served}: set it to false")
     if divergence != "policy_gradient" and objective.support == "full":
@@ -217,8 +217,8 @@ def _check_served(objective: Objective) -> None:
 
 
 def _check_scaled(objective: Objective) -> None:
-    """At another temperature than 1 a served teacher's log-probs are known up to a constant of each token."""
-    remedy = "or the temperature of the rollouts to 1, at which the server scores"
+    """At another temperature than theirs the teacher's log-probs are known up to a constant of each token."""
+    remedy = f"or the temperature of the rollouts to {objective.served_at:g}, at which the server scores"
     if objective.divergence == "policy_gradient":
         raise ValueError(
             "divergence: policy_gradient reads the teacher's log-prob of the sampled token: set divergence to "

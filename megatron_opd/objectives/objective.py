@@ -44,7 +44,8 @@ class Objective:
     temperature: divides the logits of both models; the rollouts were drawn at it.
     kept_ids_only: both models are restricted, token by token, to the ids that top-p or top-k left the sampler, and
         renormalised there, before anything else is computed: so the student is the policy that drew the tokens.
-    served: the teacher is behind a server, which gives log-probabilities (`ServedLogprobs`) instead of logits.
+    served_at: the teacher gives log-probabilities (`ServedLogprobs`) instead of logits, measured at this temperature;
+        None: it gives logits.
     """
 
     divergence: str = "reverse_kl"
@@ -58,12 +59,17 @@ class Objective:
     token_weight: TokenWeight = field(default_factory=TokenWeight)
     temperature: float = 1.0
     kept_ids_only: bool = False
-    served: bool = False
+    served_at: float | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         check_combination(self)
+
+    @property
+    def served(self) -> bool:
+        """Whether the teacher gives log-probabilities instead of logits."""
+        return self.served_at is not None
 
     @property
     def sampled(self) -> bool:
@@ -77,8 +83,8 @@ class Objective:
 
     @property
     def knows_gaps(self) -> bool:
-        """Whether the teacher's log-probs of the sampled tokens are known: servers give them at temperature 1."""
-        return not self.served or self.temperature == 1.0
+        """Whether the teacher's log-probs of the sampled tokens are known: those of another temperature are not."""
+        return self.served_at in (None, self.temperature)
 
     @property
     def sum_names(self) -> tuple[str, ...]:
@@ -113,7 +119,7 @@ class Objective:
     ) -> TokenStats:
         """What the loss needs to know of each token, from the logits shards [N, V/TP] (given, or in chunks).
 
-        A served teacher gives its log-probabilities instead.
+        A served teacher gives its log-probabilities instead, which `check` judges too.
         One all-gather forward over `group` (two for jsd); see `vocab_parallel_divergence` and
         `linear_divergence` for the rest. rollout_logprob_N is read by the remainder sampled_tail only, `kept`, the
         ids that sampling kept at each token, with kept_ids_only only; then every statistic is of the kept ids.
@@ -122,16 +128,20 @@ class Objective:
         kept = kept if self.kept_ids_only else None
         served = teacher if isinstance(teacher, ServedLogprobs) else None
         assert (served is not None) == self.served
+        if served is not None and self.served_at is not None:
+            teacher = served = served.scaled(self.served_at / self.temperature)
+            if check:
+                served.raise_if_nan()
         if self.support != "full":
             stats = topk_divergence(
                 student,
-                teacher if not isinstance(teacher, ServedLogprobs) else teacher.support(self.temperature),
+                teacher if not isinstance(teacher, ServedLogprobs) else teacher.support(),
                 k=None if served else self.k,
                 kind=self.gate.divergence if self.sampled else self.divergence,
                 support=self.support,
                 remainder=self.remainder,
                 targets=targets_N,
-                teacher_logprob=None if served is None else served.logprob / self.temperature,
+                teacher_logprob=None if served is None else served.logprob,
                 rollout_logprob=None if self.policy.importance_cap is None else rollout_logprob_N,
                 importance_cap=self.policy.importance_cap,
                 entropies=self.gate.kind == "teacher_entropy",

@@ -52,7 +52,8 @@ def _layout(
     if targets_N is not None:
         layout |= {f"{model}_target": 1 for model in models}
     if request.best_of:
-        layout |= dict.fromkeys(("scores", "ids", "others"), min(request.k, shard.vocab_size))
+        found = ("scores", "ids", *(["others"] if pair.teacher is not None else []))
+        layout |= dict.fromkeys(found, min(request.k, shard.vocab_size))
     elif ids_NK is not None:
         layout |= {f"{model}_ids": ids_NK.shape[1] for model in models}
     return layout
@@ -92,7 +93,7 @@ def _chunk_statistics(
 def _candidates(
     logits: dict[str, Tensor], request: Request, shard: Shard, dtype: torch.dtype
 ) -> list[Tensor]:
-    """This shard's k best ids: [their scores, the ids, the other model's logits], [C, k] each."""
+    """This shard's k best ids: [their scores, the ids, the other model's logits if there is one], [C, k] each."""
     assert request.best_of is not None
     scores_CV = logits[request.best_of]
     other = "student" if request.best_of == "teacher" else "teacher"
@@ -101,7 +102,8 @@ def _candidates(
     if local > 0:
         columns_CK[:, :local] = top_columns(scores_CV, local)
     scores_CK = _at_columns(scores_CV, columns_CK, dtype)
-    return [scores_CK, columns_CK + shard.start, _at_columns(logits[other], columns_CK, dtype)]
+    found = [scores_CK, columns_CK + shard.start]
+    return found if other not in logits else [*found, _at_columns(logits[other], columns_CK, dtype)]
 
 
 def _at_columns(logits_CV: Tensor, columns_CJ: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,10 +118,13 @@ def support_of(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The ids of the support and both models' logits there, [K, N]."""
     if request.best_of:
-        ids_NK, scores_NK, others_NK = best_of_shards(rows["scores"], rows["ids"], rows["others"], request.k)
-        logits = {request.best_of: scores_NK.t()}
-        logits["student" if request.best_of == "teacher" else "teacher"] = others_NK.t()
-        return ids_NK, logits["student"], logits["teacher"]
+        ids_NK, scores_NK, others_NK = best_of_shards(
+            rows["scores"], rows["ids"], rows.get("others"), request.k
+        )
+        scores_KN, others_KN = scores_NK.t(), None if others_NK is None else others_NK.t()
+        if request.best_of == "student":
+            return ids_NK, scores_KN, others_KN
+        return ids_NK, others_KN, scores_KN
     if ids_NK is None:
         return None, None, None
     teacher_ids_KN = rows["teacher_ids"].amax(0) if "teacher_ids" in rows else None

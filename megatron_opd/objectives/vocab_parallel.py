@@ -61,7 +61,7 @@ def compare(
     if ids_NK is not None:
         if ids_NK.dim() != 2 or ids_NK.shape[0] != shard.tokens:
             raise ValueError(f"ids must have shape [{shard.tokens}, K], not {tuple(ids_NK.shape)}")
-        ids_NK = ids_NK.to(student_tensor.device).masked_fill(ids_NK >= shard.vocab_size, -1)
+        ids_NK = ids_NK.to(student_tensor.device, torch.int64).masked_fill(ids_NK >= shard.vocab_size, -1)
     work = _Work(shard, request, weight_grad)
     return Compared(
         *_Compare.apply(
@@ -102,10 +102,10 @@ def likeliest(
 ) -> Tensor:
     """The `k` likeliest ids [N, K] int64 of one model, likeliest first; options as `vocab_parallel_divergence`.
 
-    One all-gather of 5 + 3 K numbers per token and rank.
+    One all-gather of 2 + 2 K numbers per token and rank.
     """
     request = Request(vocab_size=vocab_size, group=group, chunk_size=chunk_size, best_of="student", k=k)
-    ids_NK = compare(logits, logits, None, None, request).ids
+    ids_NK = compare(logits, None, None, None, request).ids
     assert ids_NK is not None
     return ids_NK
 

@@ -62,10 +62,11 @@ def head_product(setting: Setting, hidden: int, tokens: float) -> float:
 
 
 def objective_flops(setting: Setting, pack: Pack) -> float:
-    """Head of a microbatch: logits of all models here, twice with `head_chunk`; both gradients of the student's."""
+    """Head of a microbatch: logits of the models here, twice with `head_chunk`, but of a teacher that made them when it
+    scored; both gradients of the student's."""
     student = head_product(setting, setting.student.hidden_size, pack.loss_tokens)
     teacher = 0.0
-    if setting.teacher is not None:
+    if setting.teacher is not None and not setting.teacher_projects:
         teacher = head_product(setting, setting.teacher.hidden_size, pack.loss_tokens)
     times = 1 if setting.config.objective.head_chunk is None else 2
     return times * (student + teacher) + 2 * student
@@ -88,6 +89,8 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
     if setting.teacher is not None:
         layers = stage_layers(setting.teacher, setting.layout)
         teacher = layers * layer_forward(setting, setting.teacher, work.pack)
+        if last and setting.teacher_projects:
+            teacher += head_product(setting, setting.teacher.hidden_size, work.pack.loss_tokens)
     prompts = work.prompts * work.prompt
     prefill = 2 * prompts * matrix_weights(student) / setting.layout.tensor
     prefill += 2 * prompts * work.prompt * student.num_heads * student.head_dim / setting.layout.tensor

@@ -205,21 +205,25 @@ def _rollout(setting: Setting, stage: int, chunks: Sequence[Sequence[Parameter]]
 def _scoring(setting: Setting, stage: int) -> dict[str, int]:
     """The payload of all updates, and what one layer of the largest model that scores would keep.
 
-    Log-probs of the student or the reference as they were, and the student's likeliest ids: its hidden states at the
-    loss tokens of all microbatches of an update, and with logits as a whole those of a microbatch.
+    Log-probs of the student or the reference as they were, the student's likeliest ids and most payloads: the hidden
+    states of that model at the loss tokens of a microbatch, and their logits, which `head_chunk` bounds; those of the
+    payload logits are gathered, and copied without the ids that pad the vocabulary.
     """
     work, value = setting.workload, setting.bytes_per_value
     models = [arch for arch in (setting.teacher, setting.reference) if arch is not None]
     later = setting.config.training.updates_per_rollout > 1 and setting.objective.reads_old_logprobs
     scored = [
+        *([setting.teacher] if setting.teacher is not None and setting.teacher_projects else []),
         *([setting.student] if later or setting.names_ids else []),
         *([setting.reference] if setting.reference else []),
     ]
     hidden = logits = 0
     if scored and stage == setting.layout.pipeline - 1:
-        tokens = work.pack.loss_tokens * work.microbatches // setting.layout.context
+        tokens = work.fullest.loss_tokens // setting.layout.context
         hidden = max(arch.hidden_size for arch in scored) * tokens * value
         logits = _chunk(setting, work.fullest) * setting.vocab_shard * value
+        if setting.payload is not None and setting.payload.kind == "logits":
+            logits = tokens * (setting.vocab_shard + 2 * setting.padded_vocab) * value
     layer = max((kept_by_layer(setting, arch, work.fullest) for arch in [*models, *scored]), default=0)
     return {
         "teacher payload": _payload(setting, stage),
@@ -229,15 +233,16 @@ def _scoring(setting: Setting, stage: int) -> dict[str, int]:
 
 
 def _payload(setting: Setting, stage: int) -> int:
-    """Of the last stage's ranks, at the loss tokens of all microbatches of a step: hidden states, N * Dt numbers; or
-    what servers said, float32 log-probs of the sampled token and of K ids, and the ids in int64."""
+    """Of the last stage's ranks, at the loss tokens of all microbatches of a step: the teacher's payload, as hidden
+    states N * Dt numbers; or what servers said, float32 log-probs of the sampled token and of K ids, the ids in int64.
+    """
     if stage != setting.layout.pipeline - 1:
         return 0
     work = setting.workload
     tokens = work.sequences * work.response // setting.layout.context
-    if setting.teacher is None:
+    if setting.payload is None:
         return tokens * (_FP32 * (1 + setting.served_ids) + _INDEX * setting.served_ids)
-    return tokens * setting.teacher.hidden_size * setting.bytes_per_value
+    return tokens * setting.payload.bytes_per_position
 
 
 def in_flight(setting: Setting, stage: int) -> float:
@@ -287,8 +292,9 @@ def _chunk(setting: Setting, pack: Pack) -> int:
 def objective_buffers(setting: Setting, pack: Pack) -> int:
     """On the last stage, of N loss tokens: the student's hidden states [N, H] and their gradient, statistics, and
 
-    - logits shards of student and teacher, where it is here, [N, V/TP] (the gradient is written into the student's),
-      on a CPU with three float32 blocks of the kernels; or, later, one of them with the gradient of the head [V/TP, H];
+    - logits shards [N, V/TP] of student and teacher, unless it gives log-probs (the gradient is written into the
+      student's), on a CPU with three float32 blocks of the kernels; or, later, one of them with the gradient of the
+      head [V/TP, H];
     - with `head_chunk` the logits of a chunk only, the block of the head's gradient that is computed at once, and zeros
       that stand for the head's gradient.
     """
@@ -298,7 +304,7 @@ def objective_buffers(setting: Setting, pack: Pack) -> int:
     logits = _chunk(setting, pack) * setting.vocab_shard
     blocks = 3 * _FP32 * min(CPU_BLOCK_ELEMENTS, logits) if cpu else 0
     head = value * setting.vocab_shard * hidden
-    models = 1 if setting.teacher is None else 2
+    models = 1 if setting.objective.served else 2
     size = 2 * value * tokens * hidden + _STATISTICS * tokens
     if setting.objective.support != "full":
         size += _SUPPORT * tokens * (section.k + 1)

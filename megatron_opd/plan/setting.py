@@ -9,7 +9,9 @@ from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.preflight import check_models, check_offload
+from megatron_opd.teacher.payload import PayloadFormat
 from megatron_opd.training.job import layout_of
+from megatron_opd.training.models import payload_format
 
 Kernels = Literal["cpu", "torch", "transformer-engine"]
 """Which kernels a layer runs on: torch's on a CPU, torch's on a GPU, the same with transformer-engine's attention."""
@@ -93,6 +95,7 @@ class Setting:
     objective: Objective
     layout: ParallelLayout
     workload: Workload
+    vocab: int  # ids that all models have
     padded_vocab: int  # rows of every embedding and head
     kernels: Kernels
 
@@ -111,9 +114,20 @@ class Setting:
             objective=checked.objective,
             layout=layout,
             workload=Workload.of(config, layout),
+            vocab=checked.vocab_size,
             padded_vocab=checked.padded_vocab_size,
             kernels=kernels,
         )
+
+    @property
+    def payload(self) -> PayloadFormat | None:
+        """What a teacher on the training processes hands over."""
+        return None if self.teacher is None else payload_format(self.config, self.teacher, self.vocab)
+
+    @property
+    def teacher_projects(self) -> bool:
+        """Whether a teacher on the training processes makes logits when it scores, and the objective none of it."""
+        return self.payload is not None and self.payload.kind != "hidden_states"
 
     @property
     def own_rollouts(self) -> bool:

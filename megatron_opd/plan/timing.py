@@ -131,7 +131,7 @@ class _Clock:
             for arch, share in [*teacher, *scoring_passes(setting)]:
                 layers = stage_layers(arch, self.setting.layout)
                 flops = layers * layer_forward(setting, arch, work.pack)
-                if arch is not setting.teacher and stage == last:
+                if stage == last and (arch is not setting.teacher or setting.teacher_projects):
                     flops += head_product(setting, arch.hidden_size, work.pack.loss_tokens)
                 passed = self._work(flops, self._held(arch, stage), layers * self._starts(arch, FORWARD))
                 stage_time = {name: stage_time[name] + share * passed[name] for name in LIMITS}

@@ -106,13 +106,26 @@ def _scoring(setting: Setting, stage: int) -> Iterator[Traffic]:
     for arch, share in [*teacher, *scoring_passes(setting)]:
         yield from _forward(setting, "scoring", arch, work.pack, stage, share * passes)
         yield from _gathered_hidden(setting, "scoring", arch, work.pack, stage, share * passes)
-        if arch is not setting.teacher and stage == setting.layout.pipeline - 1:
+        projects = arch is not setting.teacher or setting.teacher_projects
+        if projects and stage == setting.layout.pipeline - 1:
             tokens = work.pack.loss_tokens // setting.layout.context
-            numbers = 5 + 3 * setting.served_ids if setting.names_ids and arch is setting.student else 3
-            size = numbers * _FP32 * tokens * setting.layout.tensor
+            size = tokens * _score_bytes(setting, arch)
             yield _calls(setting, "scoring", "tp", "all_gather", share * passes, size)
     if setting.teacher is None and stage == setting.layout.pipeline - 1:
         yield from _served(setting, passes)
+
+
+def _score_bytes(setting: Setting, arch: Architecture) -> int:
+    """Of a loss token in the all-gather over TP: statistics for the log-prob of the sampled token, or for the likeliest
+    ids of a rank's shard, or for both; or the logits themselves."""
+    payload = setting.payload
+    if arch is setting.teacher and payload is not None:
+        if payload.kind == "logits":
+            return setting.bytes_per_value * setting.padded_vocab
+        numbers = 3 + (2 * payload.k if payload.kind == "topk" else 0)
+    else:
+        numbers = 2 + 2 * setting.served_ids if setting.names_ids and arch is setting.student else 3
+    return numbers * _FP32 * setting.layout.tensor
 
 
 def _served(setting: Setting, passes: float) -> Iterator[Traffic]:
@@ -230,7 +243,7 @@ def _objective(setting: Setting, passes: float) -> Iterator[Traffic]:
     tokens = pack.loss_tokens // setting.layout.context
     kind = "reverse_kl" if section.sampled else section.divergence
     rows = [7 + (kind == "forward_kl")]
-    if setting.teacher is None:
+    if section.served:
         rows = [3 + section.k if section.support != "full" else 3]
     elif section.support != "full":
         rows = [7 + 3 * section.k]

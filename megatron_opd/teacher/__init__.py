@@ -3,7 +3,8 @@
 - `megatron`: the colocated, forward-only Megatron teacher; `host_weights`: where its weights wait for their next use.
 - `sglang`: the teacher behind SGLang servers; `score_requests`: what they are asked, and what their replies say;
   `contract`: whether they serve the model that they should.
-- `payload`: what a teacher is, and what it hands to the objective.
+- `payload`: what a teacher is, and what it hands to the objective; `projection`: how a Megatron teacher's is made of
+  hidden states, and read.
 
 A teacher may import models, parallel, data and objectives, of rollout the way to SGLang servers (`client`,
 `replicas`) and of checkpoint `folders`; nothing of training.

@@ -1,16 +1,17 @@
-"""The colocated Megatron teacher: forward-only, it hands over final-norm hidden states, not logits.
+"""The colocated Megatron teacher: forward-only, by default it hands over final-norm hidden states, not logits.
 
 Hidden states are 50 to 75 times smaller than logits, and whoever holds a shard of the teacher's LM head projects them
 where the loss is computed: layouts of teacher and student stay independent. Here the teacher lives on the student's
 ranks with the student's layout, and both heads are padded to the same number of rows, so that the shards cover the
-same token ids.
+same token ids. Other payloads (`payload`, `projection`) are made of the hidden states as soon as they are there.
 
 Shapes: T tokens of a microbatch, N its loss positions, D the teacher's hidden size, V padded vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,25 +20,40 @@ from torch import Tensor
 
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.models.gpt import GPT, packed_forward
-from megatron_opd.models.lm_head import logits_shard, select_positions
-from megatron_opd.objectives import LinearLogits
+from megatron_opd.models.lm_head import select_positions
+from megatron_opd.objectives import LinearLogits, ServedLogprobs
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.teacher.host_weights import HostWeights
-from megatron_opd.teacher.payload import HiddenStates, TeacherPayload
+from megatron_opd.teacher.payload import PayloadFormat, PayloadKind, TeacherPayload
+from megatron_opd.teacher.projection import distribution, make_payload
+
+Made = TypeVar("Made")
 
 
 class MegatronTeacher:
     """A frozen model on the student's ranks, `chunks` of it on this one. It has no gradients and no optimizer.
 
-    With `offload` its weights are in host memory but inside `resident()`, all except the LM head: the objective
-    projects with it while the student trains.
+    It hands over payloads of `form` (None: hidden states); where their making takes logits, those of `head_chunk`
+    positions exist at once (None: of a microbatch's). With `offload` its weights are in host memory but inside
+    `resident()`, all except the LM head: the objective projects with it while the student trains.
     """
 
     def __init__(
-        self, chunks: Sequence[GPT], groups: ProcessGroupCollection, *, offload: bool = False
+        self,
+        chunks: Sequence[GPT],
+        groups: ProcessGroupCollection,
+        *,
+        form: PayloadFormat | None = None,
+        head_chunk: int | None = None,
+        offload: bool = False,
     ) -> None:
         self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
         self.groups = groups
+        config = chunks[-1].config
+        self._form = form or PayloadFormat(
+            "hidden_states", config.hidden_size, chunks[-1].vocab_size, config.params_dtype
+        )
+        self._head_chunk = head_chunk
         self._offloaded: HostWeights | None = None
         if offload:
             head = chunks[-1].head_weight if chunks[-1].post_process else None
@@ -49,33 +65,46 @@ class MegatronTeacher:
         """Inside, the whole model can be run."""
         return nullcontext() if self._offloaded is None else self._offloaded.on_device()
 
-    def score(self, microbatches: Sequence[Microbatch]) -> list[HiddenStates | None]:
-        """One payload a microbatch on the last pipeline stage, None on the others.
+    def score(
+        self, microbatches: Sequence[Microbatch], kind: PayloadKind | None = None
+    ) -> list[TeacherPayload | None]:
+        """One payload a microbatch on the last pipeline stage, None on the others; of another `kind` if that is given.
 
-        Collectives: those of a forward pass in the teacher's layout. Memory kept: N * D numbers.
+        Collectives: those of a forward pass in the teacher's layout, and of `make_payload` a microbatch. Memory kept:
+        `bytes_per_position` of the format for each of the N positions.
         """
-        with self.resident():
-            hidden = final_hidden_states(self.chunks, microbatches, self.groups)
-        return [None if hidden_ND is None else HiddenStates(hidden_ND) for hidden_ND in hidden]
+        form = self._form if kind is None else replace(self._form, kind=kind)
 
-    def distribution(self, payload: TeacherPayload, *, chunked: bool) -> Tensor | LinearLogits:
-        """The teacher's logits [N, V/TP] for the token ids of this rank's shard, computed here or, `chunked`, later.
+        def make(hidden_ND: Tensor, microbatch: Microbatch) -> TeacherPayload:
+            targets_N = microbatch.targets_T[microbatch.mask_T]
+            head_WD = self.chunks[-1].head_weight
+            return make_payload(
+                form, hidden_ND, targets_N, head_WD, self.groups.tp, chunk_size=self._head_chunk
+            )
+
+        with self.resident():
+            return from_hidden_states(self.chunks, microbatches, self.groups, make)
+
+    def distribution(
+        self, payload: TeacherPayload, *, chunked: bool
+    ) -> Tensor | LinearLogits | ServedLogprobs:
+        """What the objective reads of a payload, see `projection.distribution`.
 
         Last stage only, no collectives.
         """
-        assert isinstance(payload, HiddenStates)
-        if chunked:
-            return LinearLogits(payload.hidden_ND, self.chunks[-1].head_weight)
-        with torch.no_grad():
-            return logits_shard(payload.hidden_ND, self.chunks[-1].head_weight, self.groups.tp)
+        head_WD = self.chunks[-1].head_weight
+        return distribution(payload, head_WD, head_WD.shape[0], self.groups.tp, chunked=chunked)
 
 
-def final_hidden_states(
-    chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], groups: ProcessGroupCollection
-) -> list[Tensor | None]:
-    """Final-norm hidden states [N, D] at the loss positions of each microbatch, None but on the last stage.
+def from_hidden_states(
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    groups: ProcessGroupCollection,
+    make: Callable[[Tensor, Microbatch], Made],
+) -> list[Made | None]:
+    """What `make` makes of the final-norm hidden states [N, D] at the loss positions of each microbatch, one by one.
 
-    A forward pass without gradients through this rank's `chunks`, bare or in DDP wrappers.
+    None but on the last stage. A forward pass without gradients through this rank's `chunks`, bare or in DDP wrappers.
     """
     sharded = get_model_config(chunks[0]).sequence_parallel
 
@@ -85,14 +114,15 @@ def final_hidden_states(
             chunk, microbatch.tokens_T, microbatch.position_ids_T, microbatch.cu_seqlens
         )
 
-        def at_loss_positions(output_T1D: Tensor, non_loss_data: bool) -> Tensor:
+        def at_loss_positions(output_T1D: Tensor, non_loss_data: bool) -> Made:
             assert non_loss_data
             positions_N = microbatch.mask_T.nonzero()[:, 0]
-            return select_positions(output_T1D, positions_N, group=groups.tp, sequence_parallel=sharded)
+            hidden_ND = select_positions(output_T1D, positions_N, group=groups.tp, sequence_parallel=sharded)
+            return make(hidden_ND, microbatch)
 
         return hidden_T1D, at_loss_positions
 
-    collected: list[Tensor | None] = run_schedule(
+    collected: list[Made | None] = run_schedule(
         forward_step,
         microbatches,
         chunks,

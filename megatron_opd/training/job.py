@@ -184,19 +184,20 @@ class Job:
     def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[str, float, int]:
         """(name, nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare.
 
-        Of a teacher behind servers the distribution is not known, and `reverse_kl_sampled` is its estimate from the
-        sampled tokens: the mean of log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
+        A Megatron teacher is asked for hidden states, whatever its payload is else. Of a teacher behind servers the
+        distribution is not known, and `reverse_kl_sampled` is its estimate from the sampled tokens: the mean of
+        log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
         """
         heldout = self.packed(rollouts)
         temperature = self.config.rollout.temperature
         payloads: Sequence[TeacherPayload | None]
         if isinstance(self.teacher, SGLangTeacher):
             name = "reverse_kl_sampled"
-            measure = Objective("policy_gradient", temperature=temperature, served=True)
+            measure = Objective("policy_gradient", temperature=temperature, served_at=1.0)
             payloads = self.teacher.score(heldout.microbatches, k=0)
         else:
             name, measure = "reverse_kl", Objective(temperature=temperature)
-            payloads = self.teacher.score(heldout.microbatches)
+            payloads = self.teacher.score(heldout.microbatches, "hidden_states")
         heldout = replace(heldout, payloads=payloads)
         plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)

@@ -8,10 +8,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_opd.checkpoint.weights import load_model_weights
 from megatron_opd.config.schema import Config
 from megatron_opd.models.architecture import Architecture
-from megatron_opd.models.gpt import GPT, build_gpt
+from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.preflight import Checked
 from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.teacher.payload import PayloadFormat
 from megatron_opd.teacher.sglang import SGLangTeacher
 
 
@@ -45,7 +46,10 @@ def load_models(
         teacher = served_teacher(config, checked, groups)
     else:
         chunks = load(checked.teacher, config.teacher.path)
-        teacher = MegatronTeacher(chunks, groups, offload=config.teacher.offload)
+        form = payload_format(config, checked.teacher, checked.vocab_size)
+        teacher = MegatronTeacher(
+            chunks, groups, form=form, head_chunk=config.objective.head_chunk, offload=config.teacher.offload
+        )
     reference = None
     if config.reference is not None and checked.reference is not None:
         reference = MegatronTeacher(
@@ -53,6 +57,18 @@ def load_models(
         )
     trained = checked.student.with_aux_loss(config.training.moe_aux_loss)
     return load(trained, config.student.path, config.training.recompute), teacher, reference
+
+
+def payload_format(config: Config, teacher: Architecture, vocab_size: int) -> PayloadFormat:
+    """What a Megatron teacher of this architecture hands over, of `vocab_size` ids that all models have."""
+    return PayloadFormat(
+        config.teacher.payload,
+        teacher.hidden_size,
+        vocab_size,
+        DTYPES[config.precision],
+        k=config.objective.k,
+        temperature=config.rollout.temperature,
+    )
 
 
 def served_teacher(config: Config, checked: Checked, groups: ProcessGroupCollection) -> SGLangTeacher:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.models.gpt import GPT
 from megatron_opd.objectives import LinearLogits, likeliest, sampled_logprob
-from megatron_opd.teacher.megatron import final_hidden_states
+from megatron_opd.teacher.megatron import from_hidden_states
 
 
 def sampled_logprobs(
@@ -33,24 +33,19 @@ def sampled_logprobs(
     `chunks` are this rank's, bare or in DDP wrappers; `gpt` is the last of them, bare.
     Collectives: those of a forward pass, 1 all-gather a microbatch.
     """
-    scores: list[Tensor | None] = []
-    with torch.no_grad():
-        hidden = final_hidden_states(chunks, microbatches, groups)
-        for microbatch, hidden_NH in zip(microbatches, hidden, strict=True):
-            if hidden_NH is None:
-                scores.append(None)
-                continue
-            score_N = sampled_logprob(
-                LinearLogits(hidden_NH, gpt.head_weight),
-                microbatch.targets_T[microbatch.mask_T],
-                temperature=temperature,
-                vocab_size=vocab_size,
-                group=groups.tp,
-                chunk_size=chunk_size,
-                kept=microbatch.kept_N() if kept_ids_only else None,
-            )
-            scores.append(score_N)
-    return scores
+
+    def score(hidden_NH: Tensor, microbatch: Microbatch) -> Tensor:
+        return sampled_logprob(
+            LinearLogits(hidden_NH, gpt.head_weight),
+            microbatch.targets_T[microbatch.mask_T],
+            temperature=temperature,
+            vocab_size=vocab_size,
+            group=groups.tp,
+            chunk_size=chunk_size,
+            kept=microbatch.kept_N() if kept_ids_only else None,
+        )
+
+    return from_hidden_states(chunks, microbatches, groups, score)
 
 
 def likeliest_ids(
@@ -64,16 +59,14 @@ def likeliest_ids(
     chunk_size: int | None,
 ) -> list[Tensor | None]:
     """The `k` likeliest ids [N, K] int64 at each loss position; otherwise as `sampled_logprobs`."""
-    with torch.no_grad():
-        return [
-            None
-            if hidden_NH is None
-            else likeliest(
-                LinearLogits(hidden_NH, gpt.head_weight),
-                k,
-                vocab_size=vocab_size,
-                group=groups.tp,
-                chunk_size=chunk_size,
-            )
-            for hidden_NH in final_hidden_states(chunks, microbatches, groups)
-        ]
+
+    def find(hidden_NH: Tensor, _: Microbatch) -> Tensor:
+        return likeliest(
+            LinearLogits(hidden_NH, gpt.head_weight),
+            k,
+            vocab_size=vocab_size,
+            group=groups.tp,
+            chunk_size=chunk_size,
+        )
+
+    return from_hidden_states(chunks, microbatches, groups, find)

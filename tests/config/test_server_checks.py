@@ -58,6 +58,26 @@ def test_rollouts_and_teacher_have_servers_of_their_own() -> None:
         ),
         ({"teacher": {**SERVED, "offload": True}}, "teacher.offload: with teacher.engine sglang"),
         (
+            {"teacher": {**SERVED, "payload": "sampled"}},
+            "teacher.payload: servers give what the objective reads",
+        ),
+        (
+            {"teacher": {"payload": "topk"}},
+            "teacher.payload: nothing reads the ids of topk while objective.support",
+        ),
+        (
+            {"teacher": {"payload": "sampled"}, "objective": {"support": "teacher_topk"}},
+            "teacher.payload: sampled has no ids, .* set it to topk or hidden_states",
+        ),
+        (
+            {"teacher": {"payload": "topk"}, "objective": {"support": "student_topk"}},
+            "teacher.payload: topk has no log-probs of the student's likeliest ids, .* set it to hidden_states",
+        ),
+        (
+            {"teacher": {"payload": "sampled"}, "objective": {"support": "student_topk_sampled"}},
+            "teacher.payload: sampled has no log-probs of the student's likeliest ids",
+        ),
+        (
             {"teacher": SERVED, "rollout": {"temperature": 0.7}, "evaluation": {"prompts": "h"}},
             "evaluation.prompts: servers score at temperature 1, .* drawn at 0.7",
         ),

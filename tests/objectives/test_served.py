@@ -12,6 +12,7 @@ from megatron_opd.objectives import (
     ServedLogprobs,
     TokenWeight,
     likeliest,
+    served_logprobs,
 )
 
 N, V, K = 12, 40, 5
@@ -75,7 +76,7 @@ def loss_of(objective: Objective, *, served: bool) -> tuple[dict[str, float], to
 )
 def test_loss_and_gradient_are_those_of_the_logits(settings: dict[str, Any]) -> None:
     expected, gradient = loss_of(Objective(**settings), served=False)
-    sums, found = loss_of(Objective(served=True, **settings), served=True)
+    sums, found = loss_of(Objective(served_at=1.0, **settings), served=True)
     torch.testing.assert_close(found, gradient, atol=1e-12, rtol=1e-9)
     known = set(sums) - {"reverse_kl_sampled"}
     assert {name: sums[name] for name in known} == pytest.approx({name: expected[name] for name in known})
@@ -88,7 +89,7 @@ def test_loss_and_gradient_are_those_of_the_logits(settings: dict[str, Any]) -> 
 
 
 def test_the_names_of_the_sums_are_known_before_them() -> None:
-    for objective in (Objective(served=True, **TOPK), Objective(served=True, temperature=0.5, **TOPK)):
+    for objective in (Objective(served_at=1.0, **TOPK), Objective(served_at=1.0, temperature=0.5, **TOPK)):
         assert tuple(loss_of(objective, served=True)[0]) == objective.sum_names
 
 
@@ -127,10 +128,54 @@ def test_the_names_of_the_sums_are_known_before_them() -> None:
 )
 def test_what_needs_more_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Objective(served=True, **settings)
+        Objective(served_at=1.0, **settings)
     Objective(**settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"divergence": "policy_gradient", "token_weight": TokenWeight("prefix_ratio")},
+        {**TOPK, "remainder": "bucket", "token_weight": TokenWeight("cumulative_share", gamma=0.5)},
+        {**TOPK, "remainder": "sampled_tail"},
+        AOPD,
+    ],
+)
+def test_log_probs_at_the_temperature_of_the_rollouts_are_as_good_as_logits(settings: dict[str, Any]) -> None:
+    expected, gradient = loss_of(Objective(temperature=0.7, **settings), served=False)
+    student, teacher, targets = logits()
+    k = K if "support" in settings else 0
+    served = served_logprobs(teacher, targets, k, temperature=0.7)
+    objective = Objective(temperature=0.7, served_at=0.7, **settings)
+    loss, sums = objective.loss(
+        objective.token_stats(student, served, targets), torch.arange(N), MASK, OFFSETS
+    )
+    loss.backward()
+    torch.testing.assert_close(student.grad, gradient, atol=1e-12, rtol=1e-9)
+    assert set(expected) - set(sums) == {"reverse_kl"}
+    for name in set(sums) - {"reverse_kl_sampled"}:
+        assert float(sums[name]) == pytest.approx(expected[name], abs=1e-12), name
+
+
+def test_a_teacher_that_is_nan_is_named_where_logits_are_judged() -> None:
+    student, teacher, targets = logits()
+    teacher[4, 7] = torch.nan
+    for k in (0, K):
+        objective = (
+            Objective("policy_gradient", served_at=1.0) if k == 0 else Objective(served_at=1.0, **TOPK)
+        )
+        served = served_logprobs(teacher, targets, k)
+        objective.token_stats(student, served, targets)
+        with pytest.raises(
+            FloatingPointError, match=r"teacher log-probs are NaN at 1 of 12 tokens, .* token 4"
+        ):
+            objective.token_stats(student, served, targets, check=True)
+
+
 def test_the_likeliest_ids() -> None:
-    student, _, _ = logits()
-    assert torch.equal(likeliest(student.detach(), K, vocab_size=30), student[:, :30].topk(K).indices)
+    student, _, targets = logits()
+    best = student.detach()[:, :30].topk(K)
+    assert torch.equal(likeliest(student.detach(), K, vocab_size=30), best.indices)
+    served = served_logprobs(student.detach(), targets % 30, K, vocab_size=30)
+    assert served.ids is not None and served.ids.dtype == torch.int32
+    assert torch.equal(served.ids.long(), best.indices)

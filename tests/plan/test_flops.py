@@ -15,6 +15,11 @@ from tools.bench.plan_check import Built, Sizes
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"precision": "fp32"},
     "recompute": {"training__recompute": "full"},
+    "payload": {
+        "precision": "fp32",
+        "teacher__payload": "sampled",
+        "objective__divergence": "policy_gradient",
+    },
     "chunks": {"objective__head_chunk": 100},  # in bf16: torch does not count the addmm_ of float32
 }
 

@@ -24,6 +24,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "training__microbatch_tokens": 256,
     },
     "DP2": {"parallel__data": 2, "objective__head_chunk": 64},
+    "logits": {"teacher__payload": "logits"},
+    "TP2, top-K": {
+        "parallel__tensor": 2,
+        "teacher__payload": "topk",
+        "objective__support": "teacher_topk",
+        "objective__head_chunk": 64,
+    },
     "DP2, not distributed": {"parallel__data": 2, "optimizer__distributed": False, "optimizer__name": "sgd"},
 }
 

@@ -26,6 +26,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "training__microbatch_tokens": 256,
     },
     "DP2": {"parallel__data": 2},
+    "TP2, logits": {"parallel__tensor": 2, "teacher__payload": "logits"},
+    "TP2, top-K": {
+        "parallel__tensor": 2,
+        "teacher__payload": "topk",
+        "objective__support": "teacher_topk",
+    },
     "DP2, not distributed": {"parallel__data": 2, "optimizer__distributed": False},
 }
 

@@ -10,6 +10,7 @@ from megatron_opd.data.packing import pack
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.teacher.host_weights import HostWeights
 from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.teacher.payload import tensors_of
 from tests.tiny import recorded_rollouts
 from tests.training.tiny_run import build_run, save_pair
 
@@ -54,7 +55,7 @@ def scored(layout: ParallelLayout, models: Path) -> dict[str, Any]:
         "same": all(
             ours is theirs
             if ours is None or theirs is None
-            else torch.equal(ours.hidden_ND, theirs.hidden_ND)
+            else torch.equal(*tensors_of(ours), *tensors_of(theirs))
             for ours, theirs in zip(found, expected, strict=True)
         ),
         "scored": sum(payload is not None for payload in found),

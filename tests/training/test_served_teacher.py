@@ -53,7 +53,7 @@ def both_steps(
     teacher = SGLangTeacher(run.groups, vocab_size=VOCAB, k=k, request_tokens=11)
     if teacher.asks:
         teacher.connect([url], concurrency=16)
-    run.objective = replace(run.objective, teacher=teacher, objective=replace(objective, served=True))
+    run.objective = replace(run.objective, teacher=teacher, objective=replace(objective, served_at=1.0))
     found.append((run.accumulate(packed), run.gradients()))
     teacher.close()
     return found

@@ -33,7 +33,7 @@ from megatron_opd.parallel.groups import build_groups
 from megatron_opd.plan.memory import StageMemory, stage_memory
 from megatron_opd.plan.setting import Setting
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.payload import HiddenStates
+from megatron_opd.teacher.payload import tensors_of
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
 from tools.bench.measure import peak_extra
@@ -152,7 +152,8 @@ class Built:
             return chunks
 
         assert setting.teacher is not None
-        teacher = MegatronTeacher(random(setting.teacher), groups)
+        chunk = config.objective.head_chunk
+        teacher = MegatronTeacher(random(setting.teacher), groups, form=setting.payload, head_chunk=chunk)
         student = build_student(
             random(setting.student, config.training.recompute),
             config.optimizer,
@@ -160,11 +161,11 @@ class Built:
             precision=config.precision,
             steps=2,
         )
-        vocab = min(setting.student.vocab_size, setting.teacher.vocab_size)
-        chunk = config.objective.head_chunk
-        head = ObjectivePass(student.chunks[-1], teacher, setting.objective, vocab, groups, head_chunk=chunk)
+        head = ObjectivePass(
+            student.chunks[-1], teacher, setting.objective, setting.vocab, groups, head_chunk=chunk
+        )
         packed = pack(
-            _sequences(setting, vocab),
+            _sequences(setting, setting.vocab),
             dp_size=layout.data,
             token_budget=config.training.microbatch_tokens,
             alignment=layout.segment_alignment,
@@ -213,7 +214,9 @@ def measured(built: Built, update: Update) -> Measured:
     assert isinstance(teacher, MegatronTeacher)
     weights = [parameter.data for chunk in student.chunks for parameter in chunk.parameters()]
     buffers = [buffer for ddp in student.ddps for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
-    payloads = [payload.hidden_ND for payload in update.payloads if isinstance(payload, HiddenStates)]
+    payloads = [
+        tensor for payload in update.payloads if payload is not None for tensor in tensors_of(payload)
+    ]
     return Measured(
         stage=built.objective.groups.pp.rank(),
         weights=held_bytes(weights),
