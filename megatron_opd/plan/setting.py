@@ -104,6 +104,11 @@ class Setting:
         """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
         from what only its data and run directory can show."""
         checked = check_models(config, processes)
+        if checked.teacher_parallel is not None:
+            raise UserError(
+                "teacher.parallel: what a teacher in a layout of its own takes is not planned: set it to null to plan "
+                "the run with a teacher in the student's layout"
+            )
         check_offload(config, gpu=kernels != "cpu", engine=kernels == "transformer-engine")
         layout = layout_of(checked.parallel)
         return cls(
