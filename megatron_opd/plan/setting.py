@@ -10,8 +10,8 @@ from megatron_opd.objectives import Objective
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.preflight import check_models, check_offload
 from megatron_opd.teacher.payload import PayloadFormat
-from megatron_opd.training.job import layout_of
 from megatron_opd.training.models import payload_format
+from megatron_opd.training.relay import layout_of
 
 Kernels = Literal["cpu", "torch", "transformer-engine"]
 """Which kernels a layer runs on: torch's on a CPU, torch's on a GPU, the same with transformer-engine's attention."""

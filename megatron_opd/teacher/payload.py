@@ -10,12 +10,11 @@ padded vocabulary, K ids of the support.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
 
 PayloadKind = Literal["hidden_states", "logits", "topk", "sampled"]
@@ -98,10 +97,14 @@ def tensors_of(payload: TeacherPayload) -> tuple[Tensor, ...]:
 
 
 class Teacher(Protocol):
-    """What scores microbatches: `MegatronTeacher` or `SGLangTeacher`."""
+    """What scores microbatches: `MegatronTeacher`, `RelaidTeacher` or `SGLangTeacher`."""
 
-    def score(self, microbatches: Sequence[Microbatch]) -> Sequence[TeacherPayload | None]:
-        """One payload a microbatch on the last pipeline stage, None on the others. Collective."""
+    def score(self, microbatches: Any, /) -> Sequence[TeacherPayload | None]:
+        """One payload a microbatch of this rank's on the last pipeline stage, None on the others. Collective.
+
+        Asked about this rank's microbatches; in another layout than the student's about the whole ones of all
+        data-parallel ranks, a list each.
+        """
         ...
 
     def distribution(
