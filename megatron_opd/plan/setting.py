@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_opd.config.schema import Config
+from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Objective
