@@ -37,7 +37,9 @@ _SHARDED = "optimizer_sharded"  # in run.json: whether the state is that of the 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run directory; every method is called by all ranks.
+    """The checkpoints of one run directory; every method is called by all ranks, those of WORLD.
+
+    Ranks without a part of the model call `join_save` and `weights.join_load` where the others save and load.
 
     `model_folder` gives each checkpoint its config.json and tokenizer. `identity` is what a run has to share with the
     checkpoints it resumes from: key -> value, both as text.
@@ -54,8 +56,17 @@ class CheckpointStore:
 
         Raises UserError, with the earlier checkpoints untouched, when the disk is or becomes full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = sharded_state(chunks, optimizer, self.groups, is_loading=False)
+        about = {"step": step, "identity": dict(self.identity), _SHARDED: _is_sharded(optimizer)}
+        return self._write(step, state, {**run_state, **about})
+
+    def join_save(self, step: int) -> None:
+        """What a rank without a part of the model does while the others save."""
+        self._write(step, {}, {})
+
+    def _write(self, step: int, state: dict[str, Any], run_state: dict[str, Any]) -> Path:
+        """Of `run_state` rank 0's is written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(_local_bytes(state))
         final = self.folder / f"{_PREFIX}{step:08d}"
         aside = self.folder / f"{_ASIDE}{final.name}"
@@ -69,8 +80,7 @@ class CheckpointStore:
         try:
             dist_checkpointing.save(state, str(aside / STATE))
             if dist.get_rank() == 0:
-                about = {"step": step, "identity": dict(self.identity), _SHARDED: _is_sharded(optimizer)}
-                self._publish(aside, final, {**run_state, **about})
+                self._publish(aside, final, run_state)
         except Exception as error:
             self._give_up(aside, error)
         dist.barrier()

@@ -93,6 +93,11 @@ def _subgroup(rank_lists: list[list[int]]) -> dist.ProcessGroup | None:
     return mine
 
 
+def all_ranks(groups: ProcessGroupCollection) -> dist.ProcessGroup:
+    """The group of every rank of a model, which megatron-core names by what its optimizer uses it for."""
+    return groups.intra_dist_opt
+
+
 def build_groups(layout: ParallelLayout, rank_offset: int = 0) -> ProcessGroupCollection:
     """The process groups of a model with this layout. Collective: every rank of WORLD calls it, in the same order."""
     same_layers = layout.tensor * layout.context * layout.data

@@ -6,7 +6,7 @@ vocabulary padding the teacher has. Shapes: N loss positions, D the teacher's hi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -47,10 +47,6 @@ class Reader:
         """Whether this rank is on the student's last pipeline stage, where payloads are read."""
         return bool(self.groups.pp.rank() == self.groups.pp.size() - 1)
 
-    def form_of(self, kind: PayloadKind | None) -> PayloadFormat:
-        """The format, of another `kind` if that is given."""
-        return self.form if kind is None else replace(self.form, kind=kind)
-
     def rows(self, whole: Sequence[Microbatch]) -> list[tuple[int, int]]:
         """(number, rows of its payload) of the microbatches that this rank reads."""
         dp, cp = self.groups.dp, self.groups.cp
@@ -81,7 +77,7 @@ class RelaidTeacher:
         forward pass all messages are sent at once: 1 for each route and tensor. Memory kept: until then the payloads of
         the teacher's replica, afterwards this rank's.
         """
-        whole, form = in_order(packed), self._reader.form_of(kind)
+        whole, form = in_order(packed), self._reader.form.of_kind(kind)
         groups = self.model.groups
         work = self._layouts.work(whole, groups.dp.rank())
         shares = [each.shard(groups.cp.rank(), groups.cp.size()).to(self._reader.device) for _, each in work]

@@ -40,8 +40,9 @@ from megatron_opd.rollout.stream import RolloutStream
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import PayloadKind, TeacherPayload
 from megatron_opd.teacher.relaid import RelaidTeacher
+from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.teacher.sglang import SGLangTeacher
-from megatron_opd.training.models import load_models
+from megatron_opd.training.models import TrainingTeacher, load_models
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.score import likeliest_ids, sampled_logprobs
 from megatron_opd.training.student import Student, build_student
@@ -71,7 +72,7 @@ class Job:
     device: torch.device
     architecture: Architecture
     student: Student
-    teacher: MegatronTeacher | RelaidTeacher | SGLangTeacher
+    teacher: TrainingTeacher
     served: ServedModel | None  # what a teacher behind servers is
     reference: MegatronTeacher | None
     objective: ObjectivePass
@@ -168,7 +169,10 @@ class Job:
         return self.teacher.score(update.microbatches, ids)
 
     def _megatron_payloads(
-        self, teacher: MegatronTeacher | RelaidTeacher, update: Update, kind: PayloadKind | None = None
+        self,
+        teacher: MegatronTeacher | RelaidTeacher | SeparateTeacher,
+        update: Update,
+        kind: PayloadKind | None = None,
     ) -> Sequence[TeacherPayload | None]:
         if isinstance(teacher, MegatronTeacher):
             return teacher.score(update.microbatches, kind)

@@ -6,7 +6,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.checkpoint.head import load_head
-from megatron_opd.checkpoint.weights import load_model_weights
+from megatron_opd.checkpoint.weights import join_load, load_model_weights
 from megatron_opd.config.schema import Config
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
@@ -15,8 +15,11 @@ from megatron_opd.preflight import Checked
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import PayloadFormat
 from megatron_opd.teacher.relaid import Reader, RelaidTeacher
+from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.teacher.sglang import SGLangTeacher
 from megatron_opd.training.relay import Relay
+
+TrainingTeacher = MegatronTeacher | RelaidTeacher | SeparateTeacher | SGLangTeacher
 
 
 def load_models(
@@ -26,7 +29,7 @@ def load_models(
     groups: ProcessGroupCollection,
     device: torch.device,
     relay: Relay | None = None,
-) -> tuple[list[GPT], MegatronTeacher | RelaidTeacher | SGLangTeacher, MegatronTeacher | None]:
+) -> tuple[list[GPT], TrainingTeacher, MegatronTeacher | None]:
     """Student, teacher and, where there is one, reference with their weights, in one layout.
 
     A teacher in a layout of its own has `relay`. Nothing is loaded of a teacher behind servers. The vocabularies of
@@ -37,16 +40,11 @@ def load_models(
     def load(arch: Architecture, folder: Path, recompute: str = "none") -> list[GPT]:
         return load_gpt(arch, folder, layout, groups, config.precision, padded, device, recompute)
 
-    teacher: MegatronTeacher | RelaidTeacher | SGLangTeacher
+    teacher: TrainingTeacher
     if checked.teacher is None:
         teacher = served_teacher(config, checked, groups)
     elif relay is not None:
-        teacher = RelaidTeacher(
-            relaid_model(config, checked, relay, device),
-            relay.layouts,
-            reader(config, checked, groups, device),
-            relay.messages,
-        )
+        teacher = relaid_teacher(config, checked, relay, groups, device)
     else:
         chunks = load(checked.teacher, config.teacher.path)
         teacher = megatron_teacher(config, checked, chunks, groups)
@@ -86,6 +84,27 @@ def megatron_teacher(
     return MegatronTeacher(
         chunks, groups, form=form, head_chunk=config.objective.head_chunk, offload=config.teacher.offload
     )
+
+
+def relaid_teacher(
+    config: Config, checked: Checked, relay: Relay, groups: ProcessGroupCollection, device: torch.device
+) -> RelaidTeacher | SeparateTeacher:
+    """A teacher in its own layout as this rank of the student has it."""
+    if relay.separate:
+        join_load(config.teacher.path)
+        reading = reader(config, checked, groups, device)
+        return SeparateTeacher(relay.layouts, reading, relay.messages, relay.orders)
+    model = relaid_model(config, checked, relay, device)
+    return RelaidTeacher(model, relay.layouts, reader(config, checked, groups, device), relay.messages)
+
+
+def load_separate(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
+    """The teacher on one of its own ranks, which joins in when the student's load theirs (`load_models`)."""
+    model = relaid_model(config, checked, relay, device)
+    for section in (config.reference, config.student):
+        if section is not None:
+            join_load(section.path)
+    return model
 
 
 def relaid_model(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
