@@ -66,7 +66,7 @@ class RelaidTeacher:
     def __init__(
         self, model: MegatronTeacher, layouts: Layouts, reader: Reader, group: dist.ProcessGroup
     ) -> None:
-        self.model, self._layouts, self._reader, self._group = model, layouts, reader, group
+        self.model, self.layouts, self._reader, self._group = model, layouts, reader, group
 
     def score(
         self, packed: Sequence[Sequence[Microbatch]], kind: PayloadKind | None = None
@@ -79,10 +79,10 @@ class RelaidTeacher:
         """
         whole, form = in_order(packed), self._reader.form.of_kind(kind)
         groups = self.model.groups
-        work = self._layouts.work(whole, groups.dp.rank())
+        work = self.layouts.work(whole, groups.dp.rank())
         shares = [each.shard(groups.cp.rank(), groups.cp.size()).to(self._reader.device) for _, each in work]
         held = dict(zip((number for number, _ in work), self.model.score(shares, kind), strict=True))
-        routes, me = self._layouts.routes(whole), dist.get_rank()
+        routes, me = self.layouts.routes(whole), dist.get_rank()
         incoming = by_number(route for route in routes if route.receiver == me)
         outgoing = by_number(route for route in routes if route.sender == me)
         arrivals = {

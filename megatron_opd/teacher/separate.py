@@ -28,7 +28,7 @@ class SeparateTeacher:
         *,
         window: int = WINDOW,
     ) -> None:
-        self._layouts, self._reader, self._orders = layouts, reader, orders
+        self.layouts, self._reader, self._orders = layouts, reader, orders
         self._inbox = Inbox(group, reader.device, window)
 
     def score(
@@ -44,7 +44,7 @@ class SeparateTeacher:
         if not self._reader.last_stage:
             return [None] * len(packed[0])
         whole, me, form = in_order(packed), dist.get_rank(), self._reader.form.of_kind(kind)
-        incoming = by_number(route for route in self._layouts.routes(whole) if route.receiver == me)
+        incoming = by_number(route for route in self.layouts.routes(whole) if route.receiver == me)
         return [
             self._inbox.expect(incoming.get(number, []), rows, form)
             for number, rows in self._reader.rows(whole)

@@ -92,10 +92,16 @@ class Job:
             f"{self.device.type}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         )
         engine = "attention is transformer-engine's; the other layers are megatron-core's own"
+        own = (
+            [f"teacher: {self.teacher.layouts}"]
+            if isinstance(self.teacher, RelaidTeacher | SeparateTeacher)
+            else []
+        )
         return [
             *([engine] if uses_transformer_engine(DTYPES[self.config.precision]) else []),
             *self.texts.notes,
             f"{begin}: {self.layout}, {self.config.precision} on {device}; {len(self.texts.training.prompts)} prompts",
+            *own,
         ]
 
     def draw(

@@ -1,5 +1,6 @@
-"""A teacher in another layout than the student's: loss and gradients are those of one process with both."""
+"""A teacher in another layout, or on ranks of its own: loss and gradients are those of one process with both models."""
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -14,14 +15,18 @@ from megatron_opd.config.presets import preset_objective
 from megatron_opd.config.schema import Config, OptimizerConfig
 from megatron_opd.data.packing import pack
 from megatron_opd.data.rollouts import Rollout
+from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import build_groups
 from megatron_opd.preflight import check_models
-from megatron_opd.teacher.relaid import RelaidTeacher
-from megatron_opd.training.models import load_models
+from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.teacher.separate import SeparateTeacher, serve
+from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.training.models import load_models, load_separate
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import build_student
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
+from tests.checkpoint.models import write_hf
 from tests.gloo_pool import GlooPools
 from tests.tiny import recorded_rollouts, save_tiny_model
 from tests.training.tiny_run import TinyRun
@@ -35,6 +40,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 SP2: Layout = {"tensor": 2, "sequence_parallel": True}
 VPP2: Layout = {"pipeline": 2, "virtual_pipeline": 2}
+OWN: Layout = {"separate": True}
+EXPERTS: Layout = {"data": 2, "expert": 2}
 ONE_TOKEN = [Rollout("0", 0, [7, 20, 33, 46, 59, 72, 85], [98], [-1.0], "length", 0)]
 
 
@@ -49,6 +56,13 @@ class Case:
     models: tuple[str, str] = ("student", "teacher")
     head_chunk: int | None = None
     rollouts: list[Rollout] = field(default_factory=lambda: recorded_rollouts(9))
+
+    @property
+    def separate(self) -> int:
+        """Ranks of the teacher alone."""
+        layout = self.teacher or {}
+        sizes = [layout.get(name, 1) for name in ("tensor", "pipeline", "context", "data")]
+        return math.prod(sizes) if layout.get("separate") else 0
 
     def config(self, folder: Path) -> Config:
         """Of a run with these; what is not about models is never read."""
@@ -74,8 +88,11 @@ class Case:
         return f"{name(self.student)}-{name(self.teacher)}-{self.payload}"
 
 
-def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Sums of one update, and its gradients by Hugging Face name; every rank calls it."""
+def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]] | None:
+    """Sums of one update, and its gradients by Hugging Face name; None on a rank of a separate teacher.
+
+    Every rank calls it. What is scored for the update is read after what is scored for an evaluation has been ordered.
+    """
     cpu.install()
     torch.set_num_threads(1)
     config = case.config(folder)
@@ -83,7 +100,13 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
     layout = layout_of(checked.parallel)
     groups = build_groups(layout)
     device = torch.device("cpu")
-    chunks, teacher, _ = load_models(config, checked, layout, groups, device, Relay.of(checked))
+    relay = Relay.of(checked)
+    if relay is not None and relay.separate and dist.get_rank() >= relay.layouts.first:
+        model = load_separate(config, checked, relay, device)
+        assert relay.orders is not None
+        serve(model, relay.layouts, relay.messages, relay.orders, lambda step: None, device=device)
+        return None
+    chunks, teacher, _ = load_models(config, checked, layout, groups, device, relay)
     settings = OptimizerConfig(
         distributed=False
     )  # the distributed optimizer reduces a shard of the gradient only
@@ -99,9 +122,16 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
         count_multiple=layout.microbatch_multiple,
     )
     mine = [each.shard(groups.cp.rank(), groups.cp.size()) for each in packed[groups.dp.rank()]]
-    payloads = teacher.score(packed) if isinstance(teacher, RelaidTeacher) else teacher.score(mine)
+    known: Any = mine if isinstance(teacher, MegatronTeacher) else packed
+    assert not isinstance(teacher, SGLangTeacher)
+    update = Update(mine, UpdateScale.of(packed), teacher.score(known))
+    evaluation = replace(update, payloads=teacher.score(known, "hidden_states"))
     student.zero_grad()
-    sums = run.run(student.ddps, Update(mine, UpdateScale.of(packed), payloads))
+    sums = run.run(student.ddps, update)
+    plain = replace(run, objective=Objective())
+    sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True)["reverse_kl"]
+    if isinstance(teacher, SeparateTeacher):
+        teacher.dismiss()
     return sums, TinyRun(layout, groups, checked.student, student, run).gradients()
 
 
@@ -119,6 +149,17 @@ CASES = [
     Case(4, VPP2 | {"data": 2}, SP2 | {"context": 2}, "logits"),
     Case(4, {"tensor": 2, "data": 2}, {"pipeline": 2, "context": 2}, "sampled"),
     Case(4, {"pipeline": 2, "context": 2}, {"tensor": 2, "pipeline": 2}, "topk"),
+    Case(2, {}, OWN),
+    Case(3, {}, OWN | {"pipeline": 2}, "topk", head_chunk=7),
+    Case(3, {"tensor": 2}, OWN, "logits"),
+    Case(3, {"data": 2}, OWN, "sampled"),
+    Case(3, {"data": 2}, OWN, rollouts=ONE_TOKEN),
+    Case(4, {"pipeline": 2}, OWN | SP2, head_chunk=7),
+    Case(4, {"context": 2}, OWN | {"data": 2}),
+    Case(4, VPP2, OWN | {"context": 2}, "topk"),
+    Case(6, {"tensor": 2, "data": 2}, OWN | VPP2),
+    Case(6, {"data": 2}, OWN | {"tensor": 2, "data": 2}, "logits"),
+    Case(4, EXPERTS, OWN | EXPERTS, models=("moe-student", "moe-teacher")),
 ]
 
 
@@ -128,15 +169,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save_tiny_model(folder / "student", seed=1, vocab=300)
     save_tiny_model(folder / "teacher", seed=2, hidden=96, tied=False, vocab=310)
+    sizes: dict[str, Any] = {"vocab_size": 300, "max_position_embeddings": 128}
+    write_hf(folder / "moe-student", "qwen3_moe", tied=True, **sizes)
+    write_hf(folder / "moe-teacher", "qwen3_moe", tied=False, norm_topk_prob=False, **sizes)
     return folder
 
 
 @pytest.fixture(scope="module")
 def one_process(gloo: GlooPools, folder: Path) -> Any:
-    """`one_process(payload, one_token)`: what one process with both models observes."""
+    """`one_process(payload, models, one_token)`: what one process with both models observes."""
 
-    def alone(payload: str, one_token: bool) -> Any:
-        case = Case(1, {}, None, payload)
+    def alone(payload: str, models: tuple[str, str], one_token: bool) -> Any:
+        case = Case(1, {}, None, payload, models)
         return gloo(1, observe, replace(case, rollouts=ONE_TOKEN) if one_token else case, folder)[0]
 
     return cache(alone)
@@ -144,8 +188,10 @@ def one_process(gloo: GlooPools, folder: Path) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_in_one_process(gloo: GlooPools, folder: Path, one_process: Any, case: Case) -> None:
-    sums, gradients = one_process(case.payload, case.rollouts == ONE_TOKEN)
-    for found, found_gradients in gloo(case.processes, observe, case, folder):
+    sums, gradients = one_process(case.payload, case.models, case.rollouts == ONE_TOKEN)
+    ranks = [rank for rank in gloo(case.processes, observe, case, folder) if rank is not None]
+    assert len(ranks) == case.processes - case.separate
+    for found, found_gradients in ranks:
         assert found == pytest.approx(sums, rel=1e-5, abs=1e-6)
         assert found_gradients.keys() == gradients.keys()
         for name, gradient in gradients.items():
@@ -154,13 +200,15 @@ def test_as_in_one_process(gloo: GlooPools, folder: Path, one_process: Any, case
 
 def test_the_payload_does_not_matter_to_one_process(one_process: Any) -> None:
     """Of hidden states and of logits the reference is the same: the rows above compare with more than themselves."""
-    hidden, logits = (one_process(payload, False)[0] for payload in ("hidden_states", "logits"))
+    hidden, logits = (
+        one_process(payload, ("student", "teacher"), False)[0] for payload in ("hidden_states", "logits")
+    )
     assert logits == pytest.approx(hidden, rel=1e-5)
 
 
 @pytest.mark.parametrize("payload", ["hidden_states", "logits"])
 def test_a_teacher_that_is_the_student_has_no_divergence(gloo: GlooPools, folder: Path, payload: str) -> None:
     case = Case(2, {"tensor": 2}, {"pipeline": 2}, payload, models=("student", "student"))
-    for sums, gradients in gloo(2, observe, case, folder):
+    for sums, gradients in gloo(case.processes, observe, case, folder):
         assert abs(sums["reverse_kl"]) < 1e-5 * 137
         assert max(float(gradient.abs().max()) for gradient in gradients.values()) < 1e-4
