@@ -82,5 +82,5 @@ class Orders:
 
 
 def _input_of(microbatch: Microbatch) -> Microbatch:
-    nothing = microbatch.rollout_logprobs_T[:0]
+    nothing = microbatch.rollout_logprobs_T.new_empty(0)  # a view would be pickled with all of its tensor
     return replace(microbatch, rollout_logprobs_T=nothing, drawn_logprobs_T=nothing, kept_T=KeptIds.of())

@@ -77,6 +77,7 @@ class Case:
             "data": {"prompts": "p", "max_prompt_tokens": 30},
             "rollout": {"max_new_tokens": 30},
             "training": {"microbatch_tokens": 96},
+            "evaluation": {"prompts": "p"},
             "objective": OBJECTIVES[self.payload] | {"head_chunk": self.head_chunk},
         }
         return Config.model_validate(tree)
