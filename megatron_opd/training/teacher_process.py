@@ -15,6 +15,7 @@ from megatron_opd.teacher.separate import serve
 from megatron_opd.training.job import init_distributed
 from megatron_opd.training.models import load_separate
 from megatron_opd.training.relay import Relay, layout_of
+from megatron_opd.training.student import join_build
 
 
 def only_teaches(config: Config) -> bool:
@@ -39,6 +40,7 @@ def teach(config: Config) -> None:
     relay = Relay.of(checked)
     assert relay is not None and relay.orders is not None
     model = load_separate(config, checked, relay, device)
+    join_build()
     folder = config.run_dir / "checkpoints"
     store = CheckpointStore(folder, config.checkpoint.keep_last, groups, config.student.path, identity={})
     newest = store.newest_intact()

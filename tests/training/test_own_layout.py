@@ -24,7 +24,7 @@ from megatron_opd.teacher.separate import SeparateTeacher, serve
 from megatron_opd.teacher.sglang import SGLangTeacher
 from megatron_opd.training.models import load_models, load_separate
 from megatron_opd.training.relay import Relay, layout_of
-from megatron_opd.training.student import build_student
+from megatron_opd.training.student import build_student, join_build
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
 from tests.checkpoint.models import write_hf
 from tests.gloo_pool import GlooPools
@@ -104,6 +104,7 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
     relay = Relay.of(checked)
     if relay is not None and relay.separate and dist.get_rank() >= relay.layouts.first:
         model = load_separate(config, checked, relay, device)
+        join_build()
         assert relay.orders is not None
         serve(model, relay.layouts, relay.messages, relay.orders, lambda step: None, device=device)
         return None
