@@ -82,5 +82,6 @@ class Orders:
 
 
 def _input_of(microbatch: Microbatch) -> Microbatch:
-    nothing = microbatch.rollout_logprobs_T.new_empty(0)  # a view would be pickled with all of its tensor
-    return replace(microbatch, rollout_logprobs_T=nothing, drawn_logprobs_T=nothing, kept_T=KeptIds.of())
+    """With one number in the place of all log-probs."""
+    zeros = microbatch.rollout_logprobs_T.new_zeros(1).expand(len(microbatch.tokens_T))
+    return replace(microbatch, rollout_logprobs_T=zeros, drawn_logprobs_T=zeros, kept_T=KeptIds.of())
