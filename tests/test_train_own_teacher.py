@@ -84,6 +84,7 @@ def test_a_separate_teacher_killed_in_a_step_and_started_again(
     again = run("launch", "local", config)
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stdout
+    assert "PP2·CP1·DP1 on processes 1 to 2" in again.stdout and "WARNING" not in again.stderr
     assert_same(metrics(run_dir), one_process)
     finished = run("launch", "local", config)
     assert finished.returncode == 0 and "finished already" in finished.stdout, finished.stderr

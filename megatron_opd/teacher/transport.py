@@ -45,8 +45,9 @@ class Layouts:
     first: int
 
     def __str__(self) -> str:
-        ranks = f"processes {self.first} to {self.first + self.teacher.world_size - 1}"
-        return f"{self.teacher} on {ranks if self.first else 'the same processes'}"
+        last = self.first + self.teacher.world_size - 1
+        own = f"process {last}" if last == self.first else f"processes {self.first} to {last}"
+        return f"{self.teacher} on {own if self.first else 'the same processes'}"
 
     def dealt(self, whole: Sequence[Microbatch]) -> list[list[int]]:
         """Numbers of the microbatches that each replica of the teacher forwards, in order.
