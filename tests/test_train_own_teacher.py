@@ -90,6 +90,7 @@ def test_a_separate_teacher_killed_in_a_step_and_started_again(
     assert finished.returncode == 0 and "finished already" in finished.stdout, finished.stderr
 
 
+@pytest.mark.full
 def test_a_mistake_of_the_students_side_ends_the_teachers(inputs: Path, tmp_path: Path) -> None:
     own = {"teacher__parallel": {"separate": True}}
     config = write_config(inputs, tmp_path / "run", **own, **broken_line(inputs, tmp_path))

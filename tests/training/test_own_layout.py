@@ -55,6 +55,7 @@ class Case:
     payload: str = "hidden_states"
     models: tuple[str, str] = ("student", "teacher")
     head_chunk: int | None = None
+    full: bool = False  # runs with `make test-full` only
     rollouts: list[Rollout] = field(default_factory=lambda: recorded_rollouts(9))
 
     @property
@@ -159,9 +160,13 @@ CASES = [
     Case(4, {"pipeline": 2}, OWN | SP2, head_chunk=7),
     Case(4, {"context": 2}, OWN | {"data": 2}),
     Case(4, VPP2, OWN | {"context": 2}, "topk"),
-    Case(6, {"tensor": 2, "data": 2}, OWN | VPP2),
-    Case(6, {"data": 2}, OWN | {"tensor": 2, "data": 2}, "logits"),
+    Case(4, {"tensor": 2}, OWN | VPP2),
     Case(4, EXPERTS, OWN | EXPERTS, models=("moe-student", "moe-teacher")),
+    Case(6, {"tensor": 2, "data": 2}, OWN | VPP2, full=True),
+    Case(6, {"data": 2}, OWN | {"tensor": 2, "data": 2}, "logits", full=True),
+    Case(6, {"pipeline": 2}, OWN | {"pipeline": 2, "context": 2}, "topk", head_chunk=7, full=True),
+    Case(4, {"context": 2}, OWN | {"pipeline": 2}, rollouts=ONE_TOKEN, full=True),
+    Case(4, {"data": 2, "tensor": 2}, {"data": 4}, "sampled", full=True),
 ]
 
 
@@ -188,7 +193,10 @@ def one_process(gloo: GlooPools, folder: Path) -> Any:
     return cache(alone)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=[pytest.mark.full] if case.full else []) for case in CASES],
+)
 def test_as_in_one_process(gloo: GlooPools, folder: Path, one_process: Any, case: Case) -> None:
     sums, gradients = one_process(case.payload, case.models, case.rollouts == ONE_TOKEN)
     ranks = [rank for rank in gloo(case.processes, observe, case, folder) if rank is not None]
