@@ -75,8 +75,9 @@ class TeacherConfig(FrozenModelConfig):
 
     engine: Literal["megatron", "sglang"] = Field(
         "megatron",
-        description="megatron: on the training processes. sglang: SGLang servers, as the section `sglang` says, which "
-        "give log-probs of single tokens: for policy_gradient or a support, at temperature 1 or renormalized.",
+        description="megatron: on the training processes, or as `parallel` says. sglang: SGLang servers, as the "
+        "section `sglang` says, which give log-probs of single tokens: for policy_gradient or a support, at "
+        "temperature 1 or renormalized.",
     )
     payload: Literal["hidden_states", "logits", "topk", "sampled"] = Field(
         "hidden_states",

@@ -8,11 +8,11 @@ one after the other), and the teacher's replicas make and send theirs in this or
 number that a rank has not used while it waits. All ranks have used every index below i, so the room for index i, at
 least, is there on each of them: whatever has a number up to n can arrive, with no help from the receiver. A replica
 that waits in `Outbox.send` thus waits for a later number, and has forwarded all its earlier ones. So the replica that
-owes n is not waiting there, and no replica that it meets in a collective of that forward pass (experts are exchanged
-between replicas, the k-th microbatch of each together) is either before having taken part: n is sent. On the other
-side, what the waiting rank owes others in collectives before it uses n it has done, and what comes later they cannot
-need before they too have used index i: the student's replicas run the same microbatches in the same order. Orders, too,
-are given without waiting for the teacher (`orders`).
+owes n is not waiting there; nor, before it has taken part, is any replica that it meets in a collective of that forward
+pass (experts are exchanged between replicas, the k-th microbatch of each together): n is sent. On the other side, what
+the waiting rank owes others in collectives before it uses n it has done, and what comes later they cannot need before
+they too have used index i: the student's replicas run the same microbatches in the same order. Orders, too, are given
+without waiting for the teacher (`orders`).
 """
 
 from collections import deque

@@ -55,6 +55,7 @@ class Case:
     payload: str = "hidden_states"
     models: tuple[str, str] = ("student", "teacher")
     head_chunk: int | None = None
+    offload: bool = False  # of the teacher's weights while they are not used
     full: bool = False  # runs with `make test-full` only
     rollouts: list[Rollout] = field(default_factory=lambda: recorded_rollouts(9))
 
@@ -73,7 +74,7 @@ class Case:
             "run_dir": "r",
             "precision": "fp32",
             "student": {"path": student},
-            "teacher": {"path": teacher, "payload": self.payload, **own},
+            "teacher": {"path": teacher, "payload": self.payload, "offload": self.offload, **own},
             "parallel": self.student,
             "data": {"prompts": "p", "max_prompt_tokens": 30},
             "rollout": {"max_new_tokens": 30},
@@ -139,7 +140,7 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
 
 
 CASES = [
-    Case(2, {"tensor": 2}, {"pipeline": 2}),
+    Case(2, {"tensor": 2}, {"pipeline": 2}, offload=True),
     Case(2, {"pipeline": 2}, SP2, head_chunk=7),
     Case(2, {"context": 2}, {"data": 2}, head_chunk=7),
     Case(2, {"data": 2}, {"context": 2}, "topk"),
