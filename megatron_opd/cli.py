@@ -36,12 +36,12 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     Processes that torchrun or another launcher starts find each other through RANK, WORLD_SIZE, MASTER_ADDR
     and MASTER_PORT. Relative paths in CONFIG are relative to the current directory.
     """
-    from megatron_opd.config.checks import processes_needed
+    from megatron_opd.config.layout_checks import processes_of_run
     from megatron_opd.config.load import load_config
     from megatron_opd.preflight import check_before_start
 
     loaded = load_config(config, overrides or [])
-    needed = processes_needed(loaded.parallel)
+    needed = processes_of_run(loaded)
     if needed > 1 and "RANK" not in os.environ:
         check_before_start(loaded, needed)
         raise UserError(
@@ -69,13 +69,13 @@ def local(
 
     Run the same command again to resume from the last checkpoint in the run directory.
     """
-    from megatron_opd.config.checks import processes_needed
+    from megatron_opd.config.layout_checks import processes_of_run
     from megatron_opd.config.load import load_config
     from megatron_opd.launch.local import run_workers
     from megatron_opd.preflight import check_before_start, check_devices
 
     loaded = load_config(config, overrides or [])
-    processes = nproc or processes_needed(loaded.parallel)
+    processes = nproc or processes_of_run(loaded)
     check_before_start(loaded, processes)
     check_devices(processes)
     outcome = run_workers(

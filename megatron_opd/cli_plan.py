@@ -32,7 +32,7 @@ def plan(
     Of the models only config.json is read; prompts and run directory need not exist. A run that would be refused at
     its start is refused here with the same line.
     """
-    from megatron_opd.config.checks import processes_needed
+    from megatron_opd.config.layout_checks import processes_of_run
     from megatron_opd.config.load import load_config
     from megatron_opd.plan.advice import advise
     from megatron_opd.plan.hardware import load_hardware
@@ -41,7 +41,7 @@ def plan(
 
     device = load_hardware(hardware)
     loaded = load_config(config, overrides or [])
-    planned = Plan.of(loaded, processes or processes_needed(loaded.parallel), device)
+    planned = Plan.of(loaded, processes or processes_of_run(loaded), device)
     advice = advise(planned)
     if json:
         from json import dumps

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 
 from megatron_opd.config.checks import check_layout
-from megatron_opd.config.schema import Config, ParallelConfig, TeacherConfig
+from megatron_opd.config.layout_checks import check_teacher_layout
+from megatron_opd.config.schema import Config, ParallelConfig, TeacherConfig, TeacherParallelConfig
 from megatron_opd.config.section import Section
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, ServedModel, read_architecture, read_served
@@ -36,6 +37,7 @@ class Checked:
     parallel: ParallelConfig
     objective: Objective
     served: ServedModel | None = None  # the teacher behind servers
+    teacher_parallel: TeacherParallelConfig | None = None  # None: the student's layout
 
     @property
     def architectures(self) -> list[Architecture]:
@@ -102,7 +104,8 @@ def check_models(config: Config, world_size: int) -> Checked:
     if config.reference is not None:
         reference = _read("reference.path", config.reference.path, read_architecture)
     parallel = check_layout(config, student, teacher, world_size, reference, served=served)
-    return Checked(student, teacher, reference, parallel, objective, served)
+    own = check_teacher_layout(config, teacher, world_size)
+    return Checked(student, teacher, reference, parallel, objective, served, own)
 
 
 def build_objective(config: Config) -> Objective:

@@ -17,10 +17,12 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.stream import staleness
+from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
 from megatron_opd.training.serving import Publish, drawn, serving, unserved
+from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import means_over_tokens
 
@@ -29,6 +31,9 @@ HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, th
 
 def train(config: Config) -> None:
     """Run or resume the training that `config` describes. Collective: every rank calls it."""
+    if only_teaches(config):
+        teach(config)
+        return
     job = set_up(config)
     start, steps = resume(job), config.training.steps
     rank_0 = dist.get_rank() == 0
@@ -64,6 +69,8 @@ def train(config: Config) -> None:
             architecture, source = job.architecture, config.student.path
             save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
         log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
+    if isinstance(job.teacher, SeparateTeacher):
+        job.teacher.dismiss()
     dist.destroy_process_group()
 
 
@@ -127,6 +134,8 @@ def changes_since(config: Config) -> list[str]:
 def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`: model, optimizer, prompt position."""
     state = {"prompts": job.prompts.state_dict()}
+    if isinstance(job.teacher, SeparateTeacher):
+        job.teacher.call_to_save(step)
     job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state)
 
 

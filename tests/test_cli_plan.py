@@ -86,3 +86,9 @@ def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.C
     assert run("examples/plans/qwen3-30b-a3b-to-4b.yaml", *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert said in error[-1] and error[-1].startswith("error: ")
+
+
+def test_a_teacher_in_a_layout_of_its_own_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["parallel.expert=1", "teacher.parallel.separate=true"]
+    assert run("examples/plans/qwen3-30b-a3b-to-4b.yaml", *own) == 2
+    assert "error: teacher.parallel: what a teacher in a layout of its own takes" in capsys.readouterr().err

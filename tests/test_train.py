@@ -166,7 +166,7 @@ def test_an_interleaved_pipeline_trains_alike_and_goes_on_in_another_layout(inpu
     assert all(torch.allclose(exported[name], tensor, atol=1e-4) for name, tensor in expected.items())
 
 
-def _kill_rank(launcher: subprocess.Popen[str], rank: int) -> None:
+def kill_rank(launcher: subprocess.Popen[str], rank: int) -> None:
     for child in psutil.Process(launcher.pid).children(recursive=True):
         if child.environ().get("RANK") == str(rank) and "megatron_opd.cli" in " ".join(child.cmdline()):
             os.kill(child.pid, signal.SIGKILL)
@@ -188,7 +188,7 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     while not (published(killed / "checkpoints") and metrics(killed)[-1]["step"] > 3):  # past the first save
         assert time.monotonic() < deadline and launcher.poll() is None, "no save to kill after"
         time.sleep(0.01)
-    _kill_rank(launcher, 1)
+    kill_rank(launcher, 1)
     message = launcher.communicate(timeout=120)[1]
     assert launcher.returncode == 1
     assert "killed by SIGKILL" in message and "resume" in message
@@ -347,12 +347,17 @@ def test_a_run_without_any_loss_token_says_so_and_ends_well(inputs, tmp_path):
     assert [row["skipped"] for row in metrics(tmp_path / "run")] == [1, 1]
 
 
-def test_check_names_the_model_that_is_not_finite(inputs, tmp_path):
-    shutil.copytree(inputs / "teacher", tmp_path / "teacher")
-    weights = next((tmp_path / "teacher").glob("*.safetensors"))
+def broken_teacher(inputs: Path, folder: Path) -> None:
+    """The teacher with a weight that is not a number."""
+    shutil.copytree(inputs / "teacher", folder)
+    weights = next(folder.glob("*.safetensors"))
     tensors = load_file(weights)
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def test_check_names_the_model_that_is_not_finite(inputs, tmp_path):
+    broken_teacher(inputs, tmp_path / "teacher")
     config = write_config(inputs, tmp_path / "run")
     settings = ("objective.check=true", "evaluation.prompts=null", "evaluation.every=0")
     done = run_forked("train", config, f"teacher.path={tmp_path / 'teacher'}", *settings)

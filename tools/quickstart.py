@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_opd.config.layout_checks import processes_of_run
 from megatron_opd.config.load import load_config
 from megatron_opd.config.schema import Config
 from megatron_opd.errors import UserError
@@ -52,7 +53,9 @@ def main(arguments: list[str]) -> int:
         if already:
             console.print(f"{config.run_dir} is finished already; to start afresh: rm -r {config.run_dir}")
         else:
-            command = [sys.executable, "-m", "megatron_opd.cli", "train", "--", str(path), *overrides]
+            several = processes_of_run(config) > 1
+            start = ["launch", "local"] if several else ["train"]
+            command = [sys.executable, "-m", "megatron_opd.cli", *start, "--", str(path), *overrides]
             code = subprocess.run(command, check=False).returncode
             if code != 0:
                 return code

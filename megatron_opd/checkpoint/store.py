@@ -30,6 +30,7 @@ from megatron_opd.checkpoint.state_read import plain_data_only
 from megatron_opd.checkpoint.weights import STATE, copy_model_files, load_chunks, sharded_weights
 from megatron_opd.errors import UserError, why_refused
 from megatron_opd.models.gpt import GPT
+from megatron_opd.parallel.groups import all_ranks
 
 _PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
 _SHARDED = "optimizer_sharded"  # in run.json: whether the state is that of the distributed optimizer
@@ -37,7 +38,9 @@ _SHARDED = "optimizer_sharded"  # in run.json: whether the state is that of the 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run directory; every method is called by all ranks.
+    """The checkpoints of one run directory; every method is called by all ranks, those of WORLD.
+
+    Ranks without a part of the model call `join_save` and `weights.join_load` where the others save and load.
 
     `model_folder` gives each checkpoint its config.json and tokenizer. `identity` is what a run has to share with the
     checkpoints it resumes from: key -> value, both as text.
@@ -54,8 +57,17 @@ class CheckpointStore:
 
         Raises UserError, with the earlier checkpoints untouched, when the disk is or becomes full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = sharded_state(chunks, optimizer, self.groups, is_loading=False)
+        about = {"step": step, "identity": dict(self.identity), _SHARDED: _is_sharded(optimizer)}
+        return self._write(step, state, {**run_state, **about})
+
+    def join_save(self, step: int) -> None:
+        """What a rank without a part of the model does while the others save."""
+        self._write(step, {}, {})
+
+    def _write(self, step: int, state: dict[str, Any], run_state: dict[str, Any]) -> Path:
+        """Of `run_state` rank 0's is written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(_local_bytes(state))
         final = self.folder / f"{_PREFIX}{step:08d}"
         aside = self.folder / f"{_ASIDE}{final.name}"
@@ -67,14 +79,24 @@ class CheckpointStore:
         # outlives a training that is killed.
         filesystem_async._results_queue = queue.Queue()
         try:
-            dist_checkpointing.save(state, str(aside / STATE))
+            dist_checkpointing.save(
+                state,
+                str(aside / STATE),
+                preprocess_common_before_consistancy_check=None if self._all_save else _nothing,
+            )
             if dist.get_rank() == 0:
-                about = {"step": step, "identity": dict(self.identity), _SHARDED: _is_sharded(optimizer)}
-                self._publish(aside, final, {**run_state, **about})
+                self._publish(aside, final, run_state)
         except Exception as error:
             self._give_up(aside, error)
         dist.barrier()
         return final
+
+    @property
+    def _all_save(self) -> bool:
+        """Whether every rank has a part of the model; megatron-core warns of ranks that differ in what is common."""
+        return (
+            self.groups.intra_dist_opt is not None and all_ranks(self.groups).size() == dist.get_world_size()
+        )
 
     def _check_space(self, local_bytes: int) -> None:
         """Before anything is written, so that all ranks give up together."""
@@ -200,6 +222,11 @@ def sharded_state(
     state: dict[str, Any] = dict(sharded_weights(chunks, metadata))
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _nothing(common: dict[str, Any]) -> dict[str, Any]:
+    del common
+    return {}
 
 
 def _is_sharded(optimizer: Any) -> bool:

@@ -127,6 +127,16 @@ def load_megatron_weights(
     load_chunks(chunks, loaded)
 
 
+def join_load(folder: Path) -> None:
+    """What a rank without a part of the model does while others load it from a Megatron folder. Collective over WORLD.
+
+    Nothing where it is a Hugging Face folder, which is read without collectives.
+    """
+    if is_megatron_folder(folder):
+        with plain_data_only(folder / STATE):
+            dist_checkpointing.load({}, str(folder / STATE))
+
+
 def sharded_weights(chunks: Sequence[GPT], metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The chunks as megatron's sharded state dicts, {"model0": ..., "model1": ...}.
 

@@ -4,78 +4,31 @@ built.
 Pure functions of plain values. Each raises UserError with one line that names the key and the remedy.
 """
 
-import math
 from ipaddress import ip_address
-from typing import Protocol
 from urllib.parse import urlsplit
 
+from megatron_opd.config.layout_checks import (
+    ModelSizes,
+    ServedSizes,
+    alignment_of_run,
+    check_divisible,
+    check_experts,
+    check_order,
+    data_parallel_size,
+    teacher_processes,
+)
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.schema import Config, ParallelConfig
 from megatron_opd.config.server_checks import check_servers, check_teacher
 from megatron_opd.errors import UserError
 
 
-class ServedSizes(Protocol):
-    """The sizes of a model that prompts and responses have to fit, wherever it runs."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def max_positions(self) -> int: ...
-
-
-class ModelSizes(ServedSizes, Protocol):
-    """The sizes of a model that a layout has to fit. Counts are of the whole model."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_groups(self) -> int: ...
-    @property
-    def ffn_size(self) -> int: ...  # not read of a model with experts
-    @property
-    def num_experts(self) -> int: ...  # a layer; 0 for a dense model
-
-
-def processes_needed(parallel: ParallelConfig) -> int:
-    """Processes that the layout asks for; one replica where `parallel.data` is left open."""
-    return parallel.tensor * parallel.pipeline * parallel.context * (parallel.data or 1)
-
-
-def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Replicas of the model on `world_size` processes. Raises UserError unless it fills them exactly."""
-    replica = parallel.tensor * parallel.pipeline * parallel.context
-    product = "parallel.tensor * parallel.pipeline * parallel.context"
-    if parallel.data is not None and replica * parallel.data != world_size:
-        raise UserError(
-            f"parallel: {product} * parallel.data is {replica * parallel.data}, but {world_size} processes "
-            f"run: start {replica * parallel.data} processes, or leave parallel.data null"
-        )
-    if world_size % replica:
-        raise UserError(
-            f"parallel: {product} is {replica}, which does not divide the {world_size} processes that run: "
-            f"start a multiple of {replica}"
-        )
-    return world_size // replica
-
-
-def segment_alignment(tensor: int, context: int, sequence_parallel: bool) -> int:
-    """What the length of every packed segment is a multiple of.
-
-    Context parallelism cuts it into two chunks a rank, sequence parallelism a rank's share into one a rank.
-    """
-    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
-
-
 def check_fields(config: Config) -> None:
     """Conditions between keys alone."""
-    training, parallel = config.training, config.parallel
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        raise UserError("parallel.sequence_parallel: needs parallel.tensor > 1: set it to false")
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        raise UserError("parallel.virtual_pipeline: needs parallel.pipeline > 1: set it to 1")
+    training = config.training
+    check_order("parallel", config.parallel)
+    if config.teacher.parallel is not None:
+        check_order("teacher.parallel", config.teacher.parallel)
     if config.evaluation.every and config.evaluation.prompts is None:
         raise UserError(
             "evaluation.every: there is nothing to evaluate on: give evaluation.prompts, or set it to 0"
@@ -106,10 +59,11 @@ def check_layout(
 ) -> ParallelConfig:
     """Conditions between `config`, the models and the number of processes, `check_fields` included.
 
-    A teacher behind servers is `served`, and `teacher` is None. Returns the layout with `data` filled in.
+    A teacher behind servers is `served`, and `teacher` is None. Returns the student's layout with `data` filled in;
+    that of a teacher with its own has to fit too (`check_teacher_layout`).
     """
     check_fields(config)
-    data = data_parallel_size(config.parallel, world_size)
+    data = data_parallel_size(config.parallel, world_size, others=teacher_processes(config))
     rollout = config.rollout
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
     if batch < data:
@@ -128,8 +82,9 @@ def check_layout(
             f"rollout.engine: SGLang draws from all {student.vocab_size} tokens of the student, but another model has "
             f"only {shared}: set it to local"
         )
-    _check_divisible(config.parallel, models)
-    _check_experts(config.parallel, models, data)
+    alike = {role: m for role, m in models.items() if role != "teacher" or config.teacher.parallel is None}
+    check_divisible("parallel", config.parallel, alike)
+    check_experts("parallel", config.parallel, alike, data)
     for role, model in sizes.items():
         _check_rollout(config, role, model)
         if config.objective.support != "full" and config.objective.k > model.vocab_size:
@@ -250,62 +205,13 @@ def _check_kept_ids(rollout: RolloutConfig) -> None:
 
 def _check_microbatch(config: Config) -> None:
     """The longest sequence, padded to whole shards, has to fit a microbatch."""
-    budget, parallel = config.training.microbatch_tokens, config.parallel
-    shards = segment_alignment(parallel.tensor, parallel.context, parallel.sequence_parallel)
+    budget, shards = config.training.microbatch_tokens, alignment_of_run(config)
     longest = _longest_sequence(config)
     needed = -(-longest // shards) * shards
     if needed > budget:
         raise UserError(
             f"training.microbatch_tokens: {budget} cannot hold data.max_prompt_tokens + "
             f"rollout.max_new_tokens = {longest} tokens: raise it to {needed} at least, or lower these"
-        )
-
-
-def _check_divisible(parallel: ParallelConfig, models: dict[str, ModelSizes]) -> None:
-    """Heads, key-value heads and dense layers' width over TP, layers over PP and its chunks, in every model."""
-    heads = {f"attention heads of the {role}": model.num_heads for role, model in models.items()}
-    groups = {f"key-value heads of the {role}": model.num_kv_groups for role, model in models.items()}
-    widths = {
-        f"feed-forward channels of the {role}": model.ffn_size
-        for role, model in models.items()
-        if not model.num_experts  # experts are never cut
-    }
-    layers = {f"layers of the {role}": model.num_layers for role, model in models.items()}
-    chunks = {
-        f"layers of the {role} in a pipeline process": model.num_layers // parallel.pipeline
-        for role, model in models.items()
-    }
-    for key, size, counts in (
-        ("parallel.tensor", parallel.tensor, heads | groups | widths),
-        ("parallel.pipeline", parallel.pipeline, layers),
-        ("parallel.virtual_pipeline", parallel.virtual_pipeline, chunks),
-    ):
-        common = math.gcd(*counts.values())
-        fitting = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)
-        for what, count in counts.items():
-            if count % size:
-                raise UserError(f"{key}: {size} does not divide the {count} {what}: use one of {fitting}")
-
-
-def _check_experts(parallel: ParallelConfig, models: dict[str, ModelSizes], data: int) -> None:
-    """Experts over EP, EP over the processes that hold the same layers."""
-    counts = {role: model.num_experts for role, model in models.items() if model.num_experts}
-    expert, key = parallel.expert, "parallel.expert"
-    if expert > 1 and not counts:
-        raise UserError(f"{key}: {expert} processes have no experts to share, no model has any: set it to 1")
-    for role, count in counts.items():
-        if count % expert:
-            raise UserError(f"{key}: {expert} does not divide the {count} experts of the {role}: lower it")
-        if parallel.tensor > 1 and not parallel.sequence_parallel:
-            raise UserError(
-                f"parallel.sequence_parallel: the {role} has experts, which need it when parallel.tensor > 1: set it "
-                "to true"
-            )
-    processes = parallel.tensor * parallel.context * data
-    if processes % expert:
-        raise UserError(
-            f"{key}: {expert} does not divide parallel.tensor * parallel.context * parallel.data = {processes}: lower "
-            "it, or start more processes (launch local starts parallel.data replicas)"
         )
 
 

@@ -14,6 +14,45 @@ from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
 
 
+class ParallelConfig(Section):
+    """How the models are spread over the processes. Processes needed: tensor * pipeline * context * data."""
+
+    tensor: PositiveInt = Field(1, description="Processes that share the matrices of every layer (TP).")
+    pipeline: PositiveInt = Field(1, description="Consecutive groups of layers, one a process (PP).")
+    virtual_pipeline: PositiveInt = Field(
+        1,
+        description="Groups of layers each pipeline process holds, interleaved (VPP): less idle time, more traffic; "
+        "needs pipeline > 1.",
+    )
+    context: PositiveInt = Field(1, description="Processes that share every sequence (CP).")
+    data: PositiveInt | None = Field(
+        None, description="Replicas of the model (DP). null: as many as the started processes allow."
+    )
+    sequence_parallel: bool = Field(
+        False,
+        description="Shard what lies between tensor-parallel regions along the sequence; needs tensor > 1.",
+    )
+    expert: PositiveInt = Field(
+        1,
+        description="Processes that share the experts of every layer among them (EP); they are taken from "
+        "tensor * context * data, none are added.",
+    )
+
+
+class TeacherParallelConfig(ParallelConfig):
+    """How a teacher with a layout of its own is spread, on the student's processes or on others."""
+
+    data: PositiveInt | None = Field(
+        None,
+        description="Replicas of the teacher (DP). null: as many as the student's processes allow; with separate one.",
+    )
+    separate: bool = Field(
+        False,
+        description="On processes of its own, which the run has besides the student's: it scores while the student "
+        "learns. false: on the student's processes, whose number its layout has to fill.",
+    )
+
+
 class ModelConfig(Section):
     """Where a model lies."""
 
@@ -36,8 +75,9 @@ class TeacherConfig(FrozenModelConfig):
 
     engine: Literal["megatron", "sglang"] = Field(
         "megatron",
-        description="megatron: on the training processes. sglang: SGLang servers, as the section `sglang` says, which "
-        "give log-probs of single tokens: for policy_gradient or a support, at temperature 1 or renormalized.",
+        description="megatron: on the training processes, or as `parallel` says. sglang: SGLang servers, as the "
+        "section `sglang` says, which give log-probs of single tokens: for policy_gradient or a support, at "
+        "temperature 1 or renormalized.",
     )
     payload: Literal["hidden_states", "logits", "topk", "sampled"] = Field(
         "hidden_states",
@@ -46,36 +86,14 @@ class TeacherConfig(FrozenModelConfig):
         "`objective.k` likeliest tokens, for a teacher_topk support. sampled: of the sampled token, for "
         "policy_gradient.",
     )
+    parallel: TeacherParallelConfig | None = Field(
+        None, description="Layout of its own, of the engine megatron. null: the student's."
+    )
     sglang: SGLangConfig = SGLangConfig()
     request_tokens: PositiveInt = Field(
         2048,
         description="Tokens of a response that a server scores in one request: bounds its memory for log-probs. Read "
         "by the engine sglang.",
-    )
-
-
-class ParallelConfig(Section):
-    """How every model is spread over the processes. Processes needed: tensor * pipeline * context * data."""
-
-    tensor: PositiveInt = Field(1, description="Processes that share the matrices of every layer (TP).")
-    pipeline: PositiveInt = Field(1, description="Consecutive groups of layers, one a process (PP).")
-    virtual_pipeline: PositiveInt = Field(
-        1,
-        description="Groups of layers each pipeline process holds, interleaved (VPP): less idle time, more traffic; "
-        "needs pipeline > 1.",
-    )
-    context: PositiveInt = Field(1, description="Processes that share every sequence (CP).")
-    data: PositiveInt | None = Field(
-        None, description="Replicas of the model (DP). null: as many as the started processes allow."
-    )
-    sequence_parallel: bool = Field(
-        False,
-        description="Shard what lies between tensor-parallel regions along the sequence; needs tensor > 1.",
-    )
-    expert: PositiveInt = Field(
-        1,
-        description="Processes that share the experts of every layer among them (EP); they are taken from "
-        "tensor * context * data, none are added.",
     )
 
 

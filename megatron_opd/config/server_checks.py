@@ -57,6 +57,10 @@ def check_teacher(config: Config) -> None:
             "teacher.payload: servers give what the objective reads: remove it, or set teacher.engine to megatron"
         )
     check_servers("teacher.sglang", teacher.sglang)
+    if teacher.parallel is not None:
+        raise UserError(
+            "teacher.parallel: with teacher.engine sglang its servers have their own layout: remove it"
+        )
     if teacher.offload:
         raise UserError("teacher.offload: with teacher.engine sglang nothing of it is here: set it to false")
     if config.objective.support.startswith("student_topk") and config.training.updates_per_rollout > 1:

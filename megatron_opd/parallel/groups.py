@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opd.config.checks import segment_alignment
+from megatron_opd.config.layout_checks import segment_alignment
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class ParallelLayout:
     def segment_alignment(self) -> int:
         """What the length of every packed segment is a multiple of."""
         return segment_alignment(self.tensor, self.context, self.sequence_parallel)
+
+    def rank(self, *, tensor: int, context: int, data: int, pipeline: int) -> int:
+        """The rank at these places, counted from the layout's first."""
+        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
 
     def __str__(self) -> str:
         names = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}
@@ -87,6 +91,11 @@ def _subgroup(rank_lists: list[list[int]]) -> dist.ProcessGroup | None:
         if dist.get_rank() in ranks:
             mine = group
     return mine
+
+
+def all_ranks(groups: ProcessGroupCollection) -> dist.ProcessGroup:
+    """The group of every rank of a model, which megatron-core names by what its optimizer uses it for."""
+    return groups.intra_dist_opt
 
 
 def build_groups(layout: ParallelLayout, rank_offset: int = 0) -> ProcessGroupCollection:

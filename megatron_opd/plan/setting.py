@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_opd.config.schema import Config
+from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.preflight import check_models, check_offload
 from megatron_opd.teacher.payload import PayloadFormat
-from megatron_opd.training.job import layout_of
 from megatron_opd.training.models import payload_format
+from megatron_opd.training.relay import layout_of
 
 Kernels = Literal["cpu", "torch", "transformer-engine"]
 """Which kernels a layer runs on: torch's on a CPU, torch's on a GPU, the same with transformer-engine's attention."""
@@ -104,6 +105,11 @@ class Setting:
         """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
         from what only its data and run directory can show."""
         checked = check_models(config, processes)
+        if checked.teacher_parallel is not None:
+            raise UserError(
+                "teacher.parallel: what a teacher in a layout of its own takes is not planned: set it to null to plan "
+                "the run with a teacher in the student's layout"
+            )
         check_offload(config, gpu=kernels != "cpu", engine=kernels == "transformer-engine")
         layout = layout_of(checked.parallel)
         return cls(

@@ -1,6 +1,9 @@
 """Teachers: they score every token of the rollouts.
 
 - `megatron`: the colocated, forward-only Megatron teacher; `host_weights`: where its weights wait for their next use.
+- `relaid`, `separate`: the Megatron teacher in a layout of its own, on the student's ranks and on others; `transport`:
+  which rank sends which rows of a payload to which; `window`: how many are on their way at once; `orders`: what the
+  ranks of a separate teacher are told.
 - `sglang`: the teacher behind SGLang servers; `score_requests`: what they are asked, and what their replies say;
   `contract`: whether they serve the model that they should.
 - `payload`: what a teacher is, and what it hands to the objective; `projection`: how a Megatron teacher's is made of

@@ -10,7 +10,6 @@ Shapes: T tokens of a microbatch, N its loss positions, D the teacher's hidden s
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +49,7 @@ class MegatronTeacher:
         self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
         self.groups = groups
         config = chunks[-1].config
-        self._form = form or PayloadFormat(
+        self.form = form or PayloadFormat(
             "hidden_states", config.hidden_size, chunks[-1].vocab_size, config.params_dtype
         )
         self._head_chunk = head_chunk
@@ -70,16 +69,27 @@ class MegatronTeacher:
     ) -> list[TeacherPayload | None]:
         """One payload a microbatch on the last pipeline stage, None on the others; of another `kind` if that is given.
 
-        Collectives: those of a forward pass in the teacher's layout, and of `make_payload` a microbatch. Memory kept:
-        `bytes_per_position` of the format for each of the N positions.
+        Collectives: those of `hand_over`. Memory kept: `bytes_per_position` of the format for each of the N positions.
         """
-        form = self._form if kind is None else replace(self._form, kind=kind)
+        return self.hand_over(microbatches, lambda payload: payload, kind)
 
-        def make(hidden_ND: Tensor, microbatch: Microbatch) -> TeacherPayload:
+    def hand_over(
+        self,
+        microbatches: Sequence[Microbatch],
+        take: Callable[[TeacherPayload], Made],
+        kind: PayloadKind | None = None,
+    ) -> list[Made | None]:
+        """The same, but what `take` makes of each payload, as soon as it is there and in the order of the microbatches.
+
+        Collectives: those of a forward pass in the teacher's layout, and of `make_payload` a microbatch.
+        """
+        form = self.form.of_kind(kind)
+
+        def make(hidden_ND: Tensor, microbatch: Microbatch) -> Made:
             targets_N = microbatch.targets_T[microbatch.mask_T]
             head_WD = self.chunks[-1].head_weight
-            return make_payload(
-                form, hidden_ND, targets_N, head_WD, self.groups.tp, chunk_size=self._head_chunk
+            return take(
+                make_payload(form, hidden_ND, targets_N, head_WD, self.groups.tp, chunk_size=self._head_chunk)
             )
 
         with self.resident():

@@ -7,15 +7,14 @@ Shapes: N loss positions of a microbatch (of this context-parallel rank's share 
 padded vocabulary, K ids of the support.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
 
 PayloadKind = Literal["hidden_states", "logits", "topk", "sampled"]
@@ -37,7 +36,14 @@ class WholeLogits:
     logits_NV: Tensor
 
 
-TeacherPayload = HiddenStates | WholeLogits | ServedLogprobs
+@dataclass(frozen=True)
+class Awaited:
+    """A payload on its way: `wait` returns it, once, when it is there. See `window.Inbox` for the order."""
+
+    wait: Callable[[], "TeacherPayload"]
+
+
+TeacherPayload = HiddenStates | WholeLogits | ServedLogprobs | Awaited
 
 
 class TensorFormat(NamedTuple):
@@ -79,6 +85,10 @@ class PayloadFormat:
         """Of all tensors, to keep and to send."""
         return sum(prod(trailing) * dtype.itemsize for trailing, dtype in self.tensors)
 
+    def of_kind(self, kind: PayloadKind | None) -> "PayloadFormat":
+        """The format of payloads of another kind; None: this one."""
+        return self if kind is None else replace(self, kind=kind)
+
     def payload(self, tensors: Sequence[Tensor]) -> TeacherPayload:
         """The payload that these tensors are."""
         if self.kind == "hidden_states":
@@ -88,6 +98,7 @@ class PayloadFormat:
 
 def tensors_of(payload: TeacherPayload) -> tuple[Tensor, ...]:
     """The tensors [N, ...] of a payload, in the order of `PayloadFormat.tensors`."""
+    assert not isinstance(payload, Awaited), "it has to be waited for"
     if isinstance(payload, HiddenStates):
         return (payload.hidden_ND,)
     if isinstance(payload, WholeLogits):
@@ -98,10 +109,14 @@ def tensors_of(payload: TeacherPayload) -> tuple[Tensor, ...]:
 
 
 class Teacher(Protocol):
-    """What scores microbatches: `MegatronTeacher` or `SGLangTeacher`."""
+    """What scores microbatches: `MegatronTeacher`, `RelaidTeacher`, `SeparateTeacher` or `SGLangTeacher`."""
 
-    def score(self, microbatches: Sequence[Microbatch]) -> Sequence[TeacherPayload | None]:
-        """One payload a microbatch on the last pipeline stage, None on the others. Collective."""
+    def score(self, microbatches: Any, /) -> Sequence[TeacherPayload | None]:
+        """One payload a microbatch of this rank's on the last pipeline stage, None on the others. Collective.
+
+        Asked about this rank's microbatches; in another layout than the student's about the whole ones of all
+        data-parallel ranks, a list each.
+        """
         ...
 
     def distribution(

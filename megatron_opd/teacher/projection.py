@@ -76,7 +76,7 @@ def distribution(
         mine_NW = payload.logits_NV[:, dist.get_rank(group) * width :][:, :width]
         # Nothing reads the logits of ids that pad the vocabulary.
         return F.pad(mine_NW, (0, width - mine_NW.shape[1]))
-    assert head_WD is not None
+    assert isinstance(payload, HiddenStates) and head_WD is not None
     if chunked:
         return LinearLogits(payload.hidden_ND, head_WD)
     return logits_shard(payload.hidden_ND, head_WD, group)

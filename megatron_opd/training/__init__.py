@@ -5,7 +5,9 @@
 - `score`: log-probabilities of the sampled tokens, or likeliest ids, under a model as it is now.
 - `agreement`: whether rollout engine and training engine give tokens the same probability.
 - `router_metrics`: how evenly a student with experts used them.
-- `job`: config -> the objects of a run (groups, student, teacher, engine, prompts); `models`: its models.
+- `job`: config -> the objects of a run (groups, student, teacher, engine, prompts); `models`: its models;
+  `relay`: the process groups that a teacher in another layout adds.
+- `teacher_process`: what a process does that is only the teacher's.
 - `serving`, `teaching`: the SGLang servers of a run, those that draw and those of the teacher.
 
 Only `train` and the command line import from here.

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_opd.checkpoint.folders import hold
 from megatron_opd.checkpoint.store import CheckpointStore
-from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.layout_checks import alignment_of_run
+from megatron_opd.config.schema import Config
 from megatron_opd.data.loss_mask import LossMask, build_loss_mask
 from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, load_prompts
@@ -37,9 +38,12 @@ from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
 from megatron_opd.rollout.stream import RolloutStream
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.payload import TeacherPayload
+from megatron_opd.teacher.payload import PayloadKind, TeacherPayload
+from megatron_opd.teacher.relaid import RelaidTeacher
+from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.teacher.sglang import SGLangTeacher
-from megatron_opd.training.models import load_models
+from megatron_opd.training.models import TrainingTeacher, load_models
+from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.score import likeliest_ids, sampled_logprobs
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.update import ObjectivePass, Outcome, Update, UpdateScale
@@ -68,7 +72,7 @@ class Job:
     device: torch.device
     architecture: Architecture
     student: Student
-    teacher: MegatronTeacher | SGLangTeacher
+    teacher: TrainingTeacher
     served: ServedModel | None  # what a teacher behind servers is
     reference: MegatronTeacher | None
     objective: ObjectivePass
@@ -88,10 +92,16 @@ class Job:
             f"{self.device.type}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         )
         engine = "attention is transformer-engine's; the other layers are megatron-core's own"
+        own = (
+            [f"teacher: {self.teacher.layouts}"]
+            if isinstance(self.teacher, RelaidTeacher | SeparateTeacher)
+            else []
+        )
         return [
             *([engine] if uses_transformer_engine(DTYPES[self.config.precision]) else []),
             *self.texts.notes,
             f"{begin}: {self.layout}, {self.config.precision} on {device}; {len(self.texts.training.prompts)} prompts",
+            *own,
         ]
 
     def draw(
@@ -134,7 +144,7 @@ class Job:
             rollouts,
             dp_size=self.layout.data,
             token_budget=self.config.training.microbatch_tokens,
-            alignment=self.layout.segment_alignment,
+            alignment=alignment_of_run(self.config),
             count_multiple=self.layout.microbatch_multiple,
             loss_mask=mask,
         )
@@ -143,12 +153,14 @@ class Job:
             microbatch.shard(cp.rank(), cp.size()).to(self.device)
             for microbatch in packed[self.groups.dp.rank()]
         ]
-        return Update(mine, UpdateScale.of(packed), [None] * len(mine))
+        return Update(mine, UpdateScale.of(packed), [None] * len(mine), whole=packed)
 
     def teacher_payloads(self, update: Update) -> Sequence[TeacherPayload | None]:
         """What the teacher says of an update: all of it, or what the objective reads and servers give."""
         section = self.config.objective
-        if not isinstance(self.teacher, SGLangTeacher) or not section.support.startswith("student_topk"):
+        if not isinstance(self.teacher, SGLangTeacher):
+            return self._megatron_payloads(self.teacher, update)
+        if not section.support.startswith("student_topk"):
             return self.teacher.score(update.microbatches)
         student = self.student
         ids = likeliest_ids(
@@ -161,6 +173,16 @@ class Job:
             chunk_size=section.head_chunk,
         )
         return self.teacher.score(update.microbatches, ids)
+
+    def _megatron_payloads(
+        self,
+        teacher: MegatronTeacher | RelaidTeacher | SeparateTeacher,
+        update: Update,
+        kind: PayloadKind | None = None,
+    ) -> Sequence[TeacherPayload | None]:
+        if isinstance(teacher, MegatronTeacher):
+            return teacher.score(update.microbatches, kind)
+        return teacher.score(update.whole, kind)
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if not self.objective.objective.reads_old_logprobs:
@@ -197,7 +219,7 @@ class Job:
             payloads = self.teacher.score(heldout.microbatches, k=0)
         else:
             name, measure = "reverse_kl", Objective(temperature=temperature)
-            payloads = self.teacher.score(heldout.microbatches, "hidden_states")
+            payloads = self._megatron_payloads(self.teacher, heldout, "hidden_states")
         heldout = replace(heldout, payloads=payloads)
         plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)
@@ -248,7 +270,7 @@ def set_up(config: Config) -> Job:
     cpu.install()
     device = init_distributed()
     groups = build_groups(layout)
-    chunks, teacher, reference = load_models(config, checked, layout, groups, device)
+    chunks, teacher, reference = load_models(config, checked, layout, groups, device, Relay.of(checked))
     student = build_student(
         chunks, config.optimizer, groups, precision=config.precision, steps=config.training.steps
     )
@@ -310,20 +332,6 @@ def sampling_of(config: Config, texts: Texts, *, seed: int, samples: int, traine
         n=samples,
         seed=seed,
         keep_ids=trained and config.objective.kept_ids_only,
-    )
-
-
-def layout_of(parallel: ParallelConfig) -> ParallelLayout:
-    """The layout that a checked `parallel` section describes."""
-    assert parallel.data is not None
-    return ParallelLayout(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        parallel.data,
-        parallel.sequence_parallel,
-        parallel.expert,
-        parallel.virtual_pipeline,
     )
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opd.checkpoint.weights import load_model_weights
+from megatron_opd.checkpoint.head import load_head
+from megatron_opd.checkpoint.weights import join_load, load_model_weights
 from megatron_opd.config.schema import Config
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
@@ -13,7 +14,12 @@ from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.preflight import Checked
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import PayloadFormat
+from megatron_opd.teacher.relaid import Reader, RelaidTeacher
+from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.training.relay import Relay
+
+TrainingTeacher = MegatronTeacher | RelaidTeacher | SeparateTeacher | SGLangTeacher
 
 
 def load_models(
@@ -22,34 +28,26 @@ def load_models(
     layout: ParallelLayout,
     groups: ProcessGroupCollection,
     device: torch.device,
-) -> tuple[list[GPT], MegatronTeacher | SGLangTeacher, MegatronTeacher | None]:
+    relay: Relay | None = None,
+) -> tuple[list[GPT], TrainingTeacher, MegatronTeacher | None]:
     """Student, teacher and, where there is one, reference with their weights, in one layout.
 
-    Nothing is loaded of a teacher behind servers. All vocabularies are padded to the same size.
+    A teacher in a layout of its own has `relay`. Nothing is loaded of a teacher behind servers. The vocabularies of
+    models in the student's layout are padded to the same size.
     """
     padded = checked.padded_vocab_size
 
     def load(arch: Architecture, folder: Path, recompute: str = "none") -> list[GPT]:
-        chunks = build_gpt(
-            arch,
-            layout,
-            groups,
-            precision=config.precision,
-            padded_vocab_size=padded,
-            recompute=recompute,
-        )
-        load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded)
-        return [chunk.to(device) for chunk in chunks]
+        return load_gpt(arch, folder, layout, groups, config.precision, padded, device, recompute)
 
-    teacher: MegatronTeacher | SGLangTeacher
+    teacher: TrainingTeacher
     if checked.teacher is None:
         teacher = served_teacher(config, checked, groups)
+    elif relay is not None:
+        teacher = relaid_teacher(config, checked, relay, groups, device)
     else:
         chunks = load(checked.teacher, config.teacher.path)
-        form = payload_format(config, checked.teacher, checked.vocab_size)
-        teacher = MegatronTeacher(
-            chunks, groups, form=form, head_chunk=config.objective.head_chunk, offload=config.teacher.offload
-        )
+        teacher = megatron_teacher(config, checked, chunks, groups)
     reference = None
     if config.reference is not None and checked.reference is not None:
         reference = MegatronTeacher(
@@ -57,6 +55,84 @@ def load_models(
         )
     trained = checked.student.with_aux_loss(config.training.moe_aux_loss)
     return load(trained, config.student.path, config.training.recompute), teacher, reference
+
+
+def load_gpt(
+    arch: Architecture,
+    folder: Path,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    precision: str,
+    padded_vocab_size: int,
+    device: torch.device,
+    recompute: str = "none",
+) -> list[GPT]:
+    """This rank's chunks of a model with their weights, see `build_gpt` and `load_model_weights`."""
+    chunks = build_gpt(
+        arch, layout, groups, precision=precision, padded_vocab_size=padded_vocab_size, recompute=recompute
+    )
+    load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded_vocab_size)
+    return [chunk.to(device) for chunk in chunks]
+
+
+def megatron_teacher(
+    config: Config, checked: Checked, chunks: list[GPT], groups: ProcessGroupCollection
+) -> MegatronTeacher:
+    """The teacher of these chunks, with the payload that the run asks for."""
+    assert checked.teacher is not None
+    form = payload_format(config, checked.teacher, checked.vocab_size)
+    return MegatronTeacher(
+        chunks, groups, form=form, head_chunk=config.objective.head_chunk, offload=config.teacher.offload
+    )
+
+
+def relaid_teacher(
+    config: Config, checked: Checked, relay: Relay, groups: ProcessGroupCollection, device: torch.device
+) -> RelaidTeacher | SeparateTeacher:
+    """A teacher in its own layout as this rank of the student has it."""
+    if relay.separate:
+        join_load(config.teacher.path)
+        reading = reader(config, checked, groups, device)
+        return SeparateTeacher(relay.layouts, reading, relay.messages, relay.orders)
+    model = relaid_model(config, checked, relay, device)
+    return RelaidTeacher(model, relay.layouts, reader(config, checked, groups, device), relay.messages)
+
+
+def load_separate(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
+    """The teacher on one of its own ranks, which joins in when the student's load theirs (`load_models`)."""
+    model = relaid_model(config, checked, relay, device)
+    for section in (config.reference, config.student):
+        if section is not None:
+            join_load(section.path)
+    return model
+
+
+def relaid_model(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
+    """The teacher in its own layout, on one of its ranks."""
+    arch, layout = checked.teacher, relay.layouts.teacher
+    assert arch is not None
+    padded = arch.padded_vocab_size(layout.tensor)
+    chunks = load_gpt(arch, config.teacher.path, layout, relay.groups, config.precision, padded, device)
+    return megatron_teacher(config, checked, chunks, relay.groups)
+
+
+def reader(config: Config, checked: Checked, groups: ProcessGroupCollection, device: torch.device) -> Reader:
+    """What this rank of the student reads payloads with: on the last stage the teacher's head, where it is needed."""
+    arch, tp = checked.teacher, groups.tp
+    assert arch is not None
+    form = payload_format(config, arch, checked.vocab_size)
+    projects = form.kind == "hidden_states" or config.evaluation.prompts is not None
+    head_WD = None
+    if projects and groups.pp.rank() == groups.pp.size() - 1:
+        head_WD = load_head(
+            config.teacher.path,
+            arch,
+            tp_rank=tp.rank(),
+            tp_size=tp.size(),
+            padded_vocab_size=checked.padded_vocab_size,
+            dtype=form.dtype,
+        ).to(device)
+    return Reader(groups, form, head_WD, checked.padded_vocab_size // tp.size(), device)
 
 
 def payload_format(config: Config, teacher: Architecture, vocab_size: int) -> PayloadFormat:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -112,6 +113,15 @@ def build_student(
     shared.no_sync_func = [ddp.no_sync for ddp in ddps] if len(ddps) > 1 else ddps[0].no_sync
     trained = [chunk.train() for chunk in chunks]
     return Student(trained, ddps, optimizer, _build_schedule(optimizer, config, steps), config)
+
+
+def join_build() -> None:
+    """What a rank of another model does while the student's ranks call `build_student`.
+
+    megatron-core compares the groups of parameters over WORLD: those of dense weights, then those of experts.
+    """
+    for _ in range(2):
+        dist.all_gather_object([None] * dist.get_world_size(), [])
 
 
 def _optimizer_settings(config: OptimizerConfig, precision: str) -> MegatronOptimizerConfig:

@@ -58,6 +58,7 @@ class Update:
     old_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: not moved, or they are not read
     reference_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: there is no reference
     moved: bool = False  # the student moves after it was scored and before this update
+    whole: Sequence[Sequence[Microbatch]] = ()  # the whole microbatches of all data-parallel ranks
 
     def rows(self) -> list[tuple[Microbatch, Any, Tensor | None, Tensor | None]]:
         """(microbatch, payload, old log-probs, reference log-probs), one a microbatch."""

@@ -16,7 +16,7 @@ Give = Callable[[Bucket, Sequence[str]], dict[str, Trouble]]
 def send_buckets(weights: Outgoing, ask: Ask, urls: Sequence[str], give: Give) -> dict[str, Trouble]:
     """On rank 0 `give` every bucket to all servers that took those before it; returns who did not take all, and why.
 
-    Collective over WORLD, see `Outgoing.buckets`; other ranks return nothing.
+    Collective over the model's ranks, see `Outgoing.buckets`; other ranks return nothing.
     """
     buckets = weights.buckets()
     troubles: dict[str, Trouble] = {}

@@ -22,6 +22,7 @@ from megatron_opd.checkpoint.folders import alike
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import GPT
+from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.rollout.servers import Servers
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.weight_sync.checksums import SampleChecksums, check_servers
@@ -79,8 +80,8 @@ class WeightSync:
         """Give the servers these weights as `version`; when it returns, every later token is drawn with them.
 
         A server that does not take them gets no requests until it has them; those that this process owns are
-        restarted. Collective over WORLD: the transport's, and a few object collectives. Raises UserError on every rank
-        alike when no server takes the weights in time, or when their checksums differ.
+        restarted. Collective over the model's ranks: the transport's, and a few object collectives. Raises UserError on
+        every rank alike when no server takes the weights in time, or when their checksums differ.
         """
         check = dist.get_rank() == 0 and self._syncs % CHECK_EVERY == 0
         sample = SampleChecksums(self._arch.num_layers) if check else None
@@ -114,12 +115,13 @@ class WeightSync:
     def _on_rank_0(
         self, act: Callable[Concatenate["WeightSync", P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """What `act` returns on rank 0, or the error it raises there, on every rank. Collective over WORLD."""
+        """What `act` returns on rank 0, or the error it raises there, on every rank of the model. Collective."""
         outcome: list[Any] = [None]
-        with alike(dist.group.WORLD):
+        everyone = all_ranks(self._groups)
+        with alike(everyone):
             if dist.get_rank() == 0:
                 outcome = [act(self, *args, **kwargs)]
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, group=everyone, group_src=0)
         result: R = outcome[0]
         return result
 

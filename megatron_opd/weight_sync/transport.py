@@ -44,7 +44,7 @@ class Transport(Protocol):
         """Have the servers at `urls` load the weights; their caches and their versions are the caller's.
 
         `urls` and the result are rank 0's: which servers did not, and why; these may have loaded some of the tensors.
-        Collective over WORLD; raises UserError on all ranks alike.
+        Collective over the model's ranks; raises UserError on all alike.
         """
         ...
 
@@ -62,7 +62,7 @@ class Outgoing:
     exported: Path | None = None  # the folder that `export` has written
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder, see `save_hf`. Collective over WORLD."""
+        """Write a Hugging Face folder, see `save_hf`. Collective over the model's ranks."""
         save_hf(self.chunks, self.arch, self.groups, self.source, folder, replace=True)
         self.exported = folder
         if self.sample is not None:
@@ -71,7 +71,7 @@ class Outgoing:
     def buckets(self) -> Iterator[Bucket]:
         """On rank 0 the Hugging Face tensors, cast to the model's dtype, in buckets; elsewhere nothing.
 
-        Collective over WORLD, see `export_hf_tensors`: every rank exhausts it.
+        Collective over the model's ranks, see `export_hf_tensors`: every rank exhausts it.
         """
         if not takes_part(self.groups):
             return

@@ -202,7 +202,7 @@ def _save_on_a_full_disk(models: Path, folder: Path, when: str) -> str:
     store = _store(run, models, folder)
     _save(run, store, 1)
 
-    def write_and_fail(state: Any, path: str) -> None:
+    def write_and_fail(state: Any, path: str, **options: Any) -> None:
         (Path(path) / "half").write_bytes(b"x" * 100)
         dist.barrier()  # megatron-core too collects what every rank wrote before it raises
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_opd.config.checks import check_fields, check_layout, data_parallel_size, processes_needed
+from megatron_opd.config.checks import check_fields, check_layout
+from megatron_opd.config.layout_checks import data_parallel_size, processes_needed
 from megatron_opd.config.schema import Config, ParallelConfig
 from megatron_opd.errors import UserError
 

@@ -1,0 +1,110 @@
+"""A Megatron teacher on ranks of its own: what the student's ranks have of it, and what its own ranks do."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opd.data.packing import Microbatch
+from megatron_opd.objectives import LinearLogits, ServedLogprobs
+from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.teacher.orders import Orders, Save, Score, Stop
+from megatron_opd.teacher.payload import Awaited, PayloadKind, TeacherPayload
+from megatron_opd.teacher.relaid import Reader
+from megatron_opd.teacher.transport import Layouts, by_number, in_order
+from megatron_opd.teacher.window import WINDOW, Inbox, Outbox
+
+
+class SeparateTeacher:
+    """The teacher as a student rank sees it. `group` is for payloads alone; `orders` is None but on rank 0."""
+
+    def __init__(
+        self,
+        layouts: Layouts,
+        reader: Reader,
+        group: dist.ProcessGroup,
+        orders: Orders | None,
+        *,
+        window: int = WINDOW,
+    ) -> None:
+        self.layouts, self._reader, self._orders = layouts, reader, orders
+        self._inbox = Inbox(group, reader.device, window)
+
+    def score(
+        self, packed: Sequence[Sequence[Microbatch]], kind: PayloadKind | None = None
+    ) -> list[TeacherPayload | None]:
+        """One payload a microbatch of this rank's on the student's last stage, None on its others. Returns at once.
+
+        `packed` are the whole microbatches of all of the student's data-parallel ranks, each of which calls it. The
+        payloads are read, by `distribution`, in the order in which they were asked for, and each once.
+        """
+        if self._orders is not None:
+            self._orders.give(Score.of(packed, kind))
+        if not self._reader.last_stage:
+            return [None] * len(packed[0])
+        whole, me, form = in_order(packed), dist.get_rank(), self._reader.form.of_kind(kind)
+        incoming = by_number(route for route in self.layouts.routes(whole) if route.receiver == me)
+        return [
+            self._inbox.expect(incoming.get(number, []), rows, form)
+            for number, rows in self._reader.rows(whole)
+        ]
+
+    def distribution(
+        self, payload: TeacherPayload, *, chunked: bool
+    ) -> Tensor | LinearLogits | ServedLogprobs:
+        """What the objective reads of a payload, once it has arrived, see `Reader.distribution`."""
+        assert isinstance(payload, Awaited)
+        return self._reader.distribution(payload.wait(), chunked=chunked)
+
+    def call_to_save(self, step: int) -> None:
+        """Have the teacher's ranks take part in saving `step`. Every student rank calls it, before it saves."""
+        if self._orders is not None:
+            self._orders.give(Save(step))
+
+    def dismiss(self) -> None:
+        """Let the teacher's ranks end, once they have done everything else. Every student rank calls it."""
+        if self._orders is not None:
+            self._orders.give(Stop())
+            self._orders.finish()
+
+
+def serve(
+    model: MegatronTeacher,
+    layouts: Layouts,
+    group: dist.ProcessGroup,
+    orders: Orders,
+    save: Callable[[int], None],
+    *,
+    device: torch.device,
+    window: int = WINDOW,
+) -> None:
+    """What every rank of the teacher does until it is dismissed. `save(step)` takes part in writing a checkpoint."""
+    outbox = Outbox(group, window)
+    while True:
+        match orders.take():
+            case Score() as order:
+                _score(order, model, layouts, outbox, device)
+            case Save(step):
+                save(step)
+            case Stop():
+                outbox.flush()
+                return
+
+
+def _score(
+    order: Score, model: MegatronTeacher, layouts: Layouts, outbox: Outbox, device: torch.device
+) -> None:
+    """Forward this replica's microbatches; each payload is sent while the next is made."""
+    whole, cp = in_order(order.packed), model.groups.cp
+    work = layouts.work(whole, model.groups.dp.rank())
+    outgoing = by_number(route for route in layouts.routes(whole) if route.sender == dist.get_rank())
+    numbers = (number for number, _ in work)
+
+    def send(payload: TeacherPayload) -> None:
+        number = next(numbers)
+        if number is not None:
+            outbox.send(payload, outgoing.get(number, []), model.form.of_kind(order.kind))
+
+    shares = [microbatch.shard(cp.rank(), cp.size()).to(device) for _, microbatch in work]
+    model.hand_over(shares, send, order.kind)
