@@ -8,9 +8,10 @@ from torch import Tensor
 
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
+from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.orders import Orders, Save, Score, Stop
-from megatron_opd.teacher.payload import Awaited, PayloadKind, TeacherPayload
+from megatron_opd.teacher.payload import Awaited, PayloadKind, Teacher, TeacherPayload
 from megatron_opd.teacher.relaid import Reader
 from megatron_opd.teacher.transport import Layouts, by_number, in_order
 from megatron_opd.teacher.window import WINDOW, Inbox, Outbox
@@ -57,6 +58,15 @@ class SeparateTeacher:
         assert isinstance(payload, Awaited)
         return self._reader.distribution(payload.wait(), chunked=chunked)
 
+    def seconds_waited(self) -> float:
+        """For the payloads of this step's rollouts, on the student's rank that has waited longest; see `Inbox.waited`.
+
+        Every rank of the student calls it: 1 all-reduce.
+        """
+        waited = torch.tensor(self._inbox.waited, dtype=torch.float64, device=self._reader.device)
+        dist.all_reduce(waited, dist.ReduceOp.MAX, group=all_ranks(self._reader.groups))
+        return waited.item()
+
     def call_to_save(self, step: int) -> None:
         """Have the teacher's ranks take part in saving `step`. Every student rank calls it, before it saves."""
         if self._orders is not None:
@@ -67,6 +77,11 @@ class SeparateTeacher:
         if self._orders is not None:
             self._orders.give(Stop())
             self._orders.finish()
+
+
+def waits(teacher: Teacher) -> dict[str, float]:
+    """Metric of a step: the seconds in which the student waited for a teacher on ranks of its own. Empty for others."""
+    return {"teacher_wait_seconds": teacher.seconds_waited()} if isinstance(teacher, SeparateTeacher) else {}
 
 
 def serve(
