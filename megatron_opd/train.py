@@ -17,7 +17,7 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.stream import staleness
-from megatron_opd.teacher.separate import SeparateTeacher, waits
+from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
@@ -104,7 +104,7 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "rollout_seconds": taken - began,
         "teacher_seconds": scored - taken,
         "train_seconds": trained - scored,
-        **waits(job.teacher),
+        **(job.teacher.waits() if isinstance(job.teacher, SeparateTeacher) else {}),
     }, rollouts
 
 

@@ -11,7 +11,7 @@ from megatron_opd.objectives import LinearLogits, ServedLogprobs
 from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.orders import Orders, Save, Score, Stop
-from megatron_opd.teacher.payload import Awaited, PayloadKind, Teacher, TeacherPayload
+from megatron_opd.teacher.payload import Awaited, PayloadKind, TeacherPayload
 from megatron_opd.teacher.relaid import Reader
 from megatron_opd.teacher.transport import Layouts, by_number, in_order
 from megatron_opd.teacher.window import WINDOW, Inbox, Outbox
@@ -40,6 +40,7 @@ class SeparateTeacher:
         `packed` are the whole microbatches of all of the student's data-parallel ranks, each of which calls it. The
         payloads are read, by `distribution`, in the order in which they were asked for, and each once.
         """
+        self._inbox.waited = 0.0
         if self._orders is not None:
             self._orders.give(Score.of(packed, kind))
         if not self._reader.last_stage:
@@ -58,14 +59,17 @@ class SeparateTeacher:
         assert isinstance(payload, Awaited)
         return self._reader.distribution(payload.wait(), chunked=chunked)
 
-    def seconds_waited(self) -> float:
-        """For the payloads of this step's rollouts, on the student's rank that has waited longest; see `Inbox.waited`.
+    def waits(self) -> dict[str, float]:
+        """Metric: seconds of waiting for the payloads last asked for, on the student's rank that has waited longest.
 
-        Every rank of the student calls it: 1 all-reduce.
+        Every rank of the student calls it, after it has read them: 1 all-reduce. Nothing on a GPU, see `Inbox.waited`.
         """
-        waited = torch.tensor(self._inbox.waited, dtype=torch.float64, device=self._reader.device)
+        if self._reader.device.type == "cuda":
+            return {}
+        waited = torch.tensor(self._inbox.waited, dtype=torch.float64)
+        self._inbox.waited = 0.0
         dist.all_reduce(waited, dist.ReduceOp.MAX, group=all_ranks(self._reader.groups))
-        return waited.item()
+        return {"teacher_wait_seconds": waited.item()}
 
     def call_to_save(self, step: int) -> None:
         """Have the teacher's ranks take part in saving `step`. Every student rank calls it, before it saves."""
@@ -77,11 +81,6 @@ class SeparateTeacher:
         if self._orders is not None:
             self._orders.give(Stop())
             self._orders.finish()
-
-
-def waits(teacher: Teacher) -> dict[str, float]:
-    """Metric of a step: the seconds in which the student waited for a teacher on ranks of its own. Empty for others."""
-    return {"teacher_wait_seconds": teacher.seconds_waited()} if isinstance(teacher, SeparateTeacher) else {}
 
 
 def serve(

@@ -70,8 +70,7 @@ class _Expected:
 class Inbox:
     """Receives this rank's payloads in the order in which they are expected, with room for `window` at a time.
 
-    `waited`: seconds for which the process has waited for them since it expected one when none was left. On a GPU it is
-    a stream that waits, which is not seen.
+    `waited`: seconds for which the process has waited for them. On a GPU it is a stream that waits, which is not seen.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, window: int = WINDOW) -> None:
@@ -86,8 +85,6 @@ class Inbox:
 
         They are waited for in the same order.
         """
-        if not self._arriving and not self._expected:
-            self.waited = 0.0
         ticket = self._tickets
         self._tickets += 1
         self._expected.append(_Expected(ticket, routes, rows, form))
