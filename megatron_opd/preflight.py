@@ -12,6 +12,7 @@ import torch
 from megatron_opd.config.checks import check_layout
 from megatron_opd.config.schema import Config, ParallelConfig, TeacherConfig
 from megatron_opd.config.section import Section
+from megatron_opd.config.self_distillation import check_same_model
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, ServedModel, read_architecture, read_served
 from megatron_opd.objectives.gates import Gate
@@ -98,6 +99,8 @@ def check_models(config: Config, world_size: int) -> Checked:
         served = _read("teacher.path", config.teacher.path, read_served)
     else:
         teacher = _read("teacher.path", config.teacher.path, read_architecture)
+        if config.teacher.ema is not None:
+            check_same_model(student, teacher)
     reference = None
     if config.reference is not None:
         reference = _read("reference.path", config.reference.path, read_architecture)

@@ -20,7 +20,7 @@ from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.config.schema import Config, ParallelConfig
 from megatron_opd.data.loss_mask import LossMask, build_loss_mask
 from megatron_opd.data.packing import Microbatch, pack
-from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, load_prompts
+from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, TeacherPrompt, load_prompts
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
@@ -39,6 +39,7 @@ from megatron_opd.rollout.stream import RolloutStream
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import TeacherPayload
 from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.training.average import WeightAverage
 from megatron_opd.training.models import load_models
 from megatron_opd.training.score import likeliest_ids, sampled_logprobs
 from megatron_opd.training.student import Student, build_student
@@ -70,6 +71,7 @@ class Job:
     student: Student
     teacher: MegatronTeacher | SGLangTeacher
     served: ServedModel | None  # what a teacher behind servers is
+    average: WeightAverage | None  # what the teacher becomes, if it follows the student
     reference: MegatronTeacher | None
     objective: ObjectivePass
     engine: RolloutEngine
@@ -149,7 +151,7 @@ class Job:
         """What the teacher says of an update: all of it, or what the objective reads and servers give."""
         section = self.config.objective
         if not isinstance(self.teacher, SGLangTeacher) or not section.support.startswith("student_topk"):
-            return self.teacher.score(update.microbatches)
+            return self.teacher.score(update.for_teacher)
         student = self.student
         ids = likeliest_ids(
             student.ddps,
@@ -160,7 +162,7 @@ class Job:
             vocab_size=self.texts.vocab_size,
             chunk_size=section.head_chunk,
         )
-        return self.teacher.score(update.microbatches, ids)
+        return self.teacher.score(update.for_teacher, ids)
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if not self.objective.objective.reads_old_logprobs:
@@ -174,12 +176,16 @@ class Job:
             return self._logprobs(self.reference.chunks, self.reference.chunks[-1], update.microbatches)
 
     def apply(self, update: Update, progress: float) -> Outcome:
-        """Move the student by one update; one without loss tokens is skipped on all ranks alike."""
+        """Move the student by one update, and the average after it; one without loss tokens is skipped on all ranks
+        alike."""
         if update.scale.loss_tokens == 0:
             return Outcome({}, 0.0, applied=False)
         self.student.zero_grad()
         sums = self.objective.run(self.student.ddps, update, progress=progress)
-        return Outcome(sums, *self.student.apply_gradients())
+        outcome = Outcome(sums, *self.student.apply_gradients())
+        if outcome.applied and self.average is not None:
+            self.average.follow(self.student)
+        return outcome
 
     def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[str, float, int]:
         """(name, nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare.
@@ -187,6 +193,8 @@ class Job:
         A Megatron teacher is asked for hidden states, whatever its payload is else. Of a teacher behind servers the
         distribution is not known, and `reverse_kl_sampled` is its estimate from the sampled tokens: the mean of
         log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
+
+        A teacher with prompts of its own reads them here too, and one that follows the student is as it is now.
         """
         heldout = self.packed(rollouts)
         temperature = self.config.rollout.temperature
@@ -194,10 +202,10 @@ class Job:
         if isinstance(self.teacher, SGLangTeacher):
             name = "reverse_kl_sampled"
             measure = Objective("policy_gradient", temperature=temperature, served_at=1.0)
-            payloads = self.teacher.score(heldout.microbatches, k=0)
+            payloads = self.teacher.score(heldout.for_teacher, k=0)
         else:
             name, measure = "reverse_kl", Objective(temperature=temperature)
-            payloads = self.teacher.score(heldout.microbatches, "hidden_states")
+            payloads = self.teacher.score(heldout.for_teacher, "hidden_states")
         heldout = replace(heldout, payloads=payloads)
         plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)
@@ -280,6 +288,9 @@ def set_up(config: Config) -> Job:
         student=student,
         teacher=teacher,
         served=checked.served,
+        average=WeightAverage(teacher.chunks, config.teacher.ema)
+        if config.teacher.ema is not None and isinstance(teacher, MegatronTeacher)
+        else None,
         reference=reference,
         objective=objective,
         engine=engine,
@@ -359,6 +370,9 @@ def read_texts(config: Config, vocab_size: int) -> Texts:
             "use the tokenizer that belongs to the models"
         )
 
+    template = config.teacher.prompt_template
+    teacher = None if template is None else TeacherPrompt(template, config.teacher_prompt_tokens)
+
     def load(path: Path) -> LoadedPrompts:
         return load_prompts(
             path,
@@ -366,6 +380,7 @@ def read_texts(config: Config, vocab_size: int) -> Texts:
             field=config.data.prompt_field,
             max_prompt_tokens=config.data.max_prompt_tokens,
             system_prompt=config.data.system_prompt,
+            teacher=teacher,
         )
 
     training = load(config.data.prompts)
