@@ -17,7 +17,7 @@ from megatron_opd.checkpoint.safetensors_files import DTYPES
 from megatron_opd.checkpoint.shared_count import Progress, SharedCount
 from megatron_opd.checkpoint.state_read import StateReader, StoredTensor
 from megatron_opd.checkpoint.verify import checked_plan
-from megatron_opd.checkpoint.weights import TEACHER_PREFIX, STATE
+from megatron_opd.checkpoint.weights import STATE, TEACHER_PREFIX
 from megatron_opd.data.tokenizer import ROLES, load_tokenizer
 from megatron_opd.models.architecture import Architecture
 
