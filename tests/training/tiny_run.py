@@ -67,7 +67,8 @@ class TinyRun:
         microbatches = [each.shard(cp.rank(), cp.size()) for each in packed[self.groups.dp.rank()]]
         scale = UpdateScale.of(packed)
         self.student.zero_grad()
-        update = Update(microbatches, scale, self.objective.teacher.score(microbatches))
+        payloads = self.objective.teacher.score([each.for_teacher for each in microbatches])
+        update = Update(microbatches, scale, payloads)
         return self.objective.run(self.student.ddps, update)
 
     def train(self, steps: range) -> list[dict[str, float]]:
