@@ -88,7 +88,8 @@ class Student:
         owners = {
             parameter: part
             for part in _parts(self.optimizer)
-            for parameter in getattr(part, "model_param_gbuf_map", ())
+            for buffer in (part.buffers if part.config.use_distributed_optimizer else ())
+            for parameter in buffer.param_index_map
         }
         for chunk in self.chunks:
             for parameter in chunk.parameters():
