@@ -104,8 +104,9 @@ def _scoring(setting: Setting, stage: int) -> Iterator[Traffic]:
     passes = work.updates * work.microbatches
     teacher = [] if setting.teacher is None else [(setting.teacher, 1.0)]
     for arch, share in [*teacher, *scoring_passes(setting)]:
-        yield from _forward(setting, "scoring", arch, work.pack, stage, share * passes)
-        yield from _gathered_hidden(setting, "scoring", arch, work.pack, stage, share * passes)
+        pack = setting.scored_pack(arch)
+        yield from _forward(setting, "scoring", arch, pack, stage, share * passes)
+        yield from _gathered_hidden(setting, "scoring", arch, pack, stage, share * passes)
         projects = arch is not setting.teacher or setting.teacher_projects
         if projects and stage == setting.layout.pipeline - 1:
             tokens = work.pack.loss_tokens // setting.layout.context
@@ -264,7 +265,8 @@ def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:
     """Once an update: gradients (float32) summed over the ranks with the same weights, and with the distributed
     optimizer reduce-scattered and the new weights gathered; a tied embedding's over the first and last stage; those of
     norms and routers over TP, where each rank has seen a part of the sequence or of the heads. With experts there are
-    two optimizers, and megatron-core gathers all weights after each."""
+    two optimizers, and megatron-core gathers all weights after each. A teacher that follows the student needs its
+    float32 weights whole."""
     arch, layout, updates = setting.student, setting.layout, setting.workload.updates
     chunks = stage_parameters(arch, layout, setting.padded_vocab, stage)
     distributed = setting.config.optimizer.sharded
@@ -278,6 +280,9 @@ def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:
                 if distributed:
                     value, gathers = setting.bytes_per_value, updates * (2 if arch.moe else 1)
                     yield _calls(setting, "optimizer", group, "all_gather", gathers, value * length)
+                if distributed and setting.config.teacher.ema is not None and setting.bytes_per_value < _FP32:
+                    numbers = sum(parameter.numel for parameter in held)
+                    yield _calls(setting, "optimizer", group, "all_reduce", updates, _FP32 * numbers)
         shared = sum(parameter.numel for parameter in chunk if parameter.shared_embedding)
         yield _calls(setting, "optimizer", "embd", "all_reduce", updates, _FP32 * shared)
     layers = stage_layers(arch, layout)

@@ -40,7 +40,10 @@ def test_the_template_is_the_users_last_message(tmp_path):
         {"role": "assistant", "content": "two"},
         {"role": "user", "content": "three"},
     ]
-    rows = [{"prompt": "one two", "solution": "six"}, {"prompt": chat, "solution": "seven"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "one two", "solution": "six"},
+        {"prompt": chat, "solution": "seven"},
+    ]
     before = "<system> eight <eos> <user> one <eos> <assistant> two <eos> <user> three"
     assert both(load(tmp_path, rows)) == [
         ("<user> one two <eos> <assistant>", "<user> one two be brief six <eos> <assistant>"),
