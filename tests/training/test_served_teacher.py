@@ -25,6 +25,7 @@ from tests.training.tiny_run import build_run
 LSM = Objective(support="teacher_topk", k=8)
 OPD = Objective("policy_gradient")
 IW_OPD = Objective("policy_gradient", token_weight=TokenWeight("cumulative_share", gamma=0.5))
+PRIVILEGED = "'{prompt} be brief {prompt}'"
 NAMES = {LSM: "lsm", OPD: "opd", IW_OPD: "iw-opd"}
 
 
@@ -135,13 +136,20 @@ def test_at_no_distance_on_the_students_own_likeliest_ids(
         {"objective__preset": "aopd", "training__updates_per_rollout": 2, "teacher__request_tokens": 3},
         {"objective__support": "student_topk_sampled", "objective__remainder": "bucket", "objective__k": 6},
         {"objective__preset": "lsm", "rollout__temperature": 0.7, "evaluation__prompts": "null"},
+        {"objective__preset": "iw-opd", "teacher__prompt_template": PRIVILEGED},
+        {
+            "objective__support": "student_topk_sampled",
+            "objective__remainder": "bucket",
+            "objective__k": 6,
+            "teacher__prompt_template": PRIVILEGED,
+        },
     ],
-    ids=["iw-opd", "aopd", "student_topk", "temperature"],
+    ids=["iw-opd", "aopd", "student_topk", "temperature", "own prompts", "student_topk, own prompts"],
 )
 def test_a_job_takes_the_same_steps(
     gloo: GlooPools, sglang: SGLangServer, folder: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    plain = {key: value for key, value in changes.items() if not key.startswith("teacher")}
+    plain = {key: value for key, value in changes.items() if key != "teacher__request_tokens"}
     expected = gloo(1, steps, folder, tmp_path / "megatron", None, **plain)[0]
     found = gloo(1, steps, folder, tmp_path / "sglang", sglang.url, **changes)[0]
     for row, want in zip(found, expected, strict=True):
