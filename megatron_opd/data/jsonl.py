@@ -14,11 +14,6 @@ import datasets
 from megatron_opd.errors import UserError
 
 
-def read_column(path: Path, field: str) -> list[tuple[str, Any]]:
-    """The values of `field`, otherwise as `read_rows`."""
-    return [(place, row[field]) for place, row in read_rows(path, field)]
-
-
 def read_rows(path: Path, field: str, texts: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The values of `field` and of the fields `texts` in file order (the files of a folder in the order of their
     names), each row with the place it came from ("prompts.jsonl, line 3"); blank lines skipped.

@@ -89,17 +89,9 @@ def load_prompts(
     Raises UserError for unreadable input (naming file and line), malformed messages, a chat template that
     refuses a prompt, and when nothing is left.
     """
-    named = template_fields(teacher.template) if teacher else []
-    lines = read_rows(path, field, [name for name in named if name != field])
-    rows = [_messages(line[field], place, system_prompt) for place, line in lines]
-    token_ids = _tokenise(rows, tokenizer, path)
-    teacher_ids: list[list[int]] = [[]] * len(rows)
-    if teacher:
-        filled = [teacher.messages(row, line, field) for row, (_, line) in zip(rows, lines, strict=True)]
-        teacher_ids = _tokenise(filled, tokenizer, path)
-    texts = [_user_text(messages) for messages in rows]
+    rendered = _rendered(path, tokenizer, field, system_prompt, teacher)
     prompts, dropped_long, dropped_empty, dropped_teacher = [], 0, 0, 0
-    for row, (ids, text, theirs) in enumerate(zip(token_ids, texts, teacher_ids, strict=True)):
+    for row, (text, ids, theirs) in enumerate(rendered):
         if not text.strip() or not ids:
             dropped_empty += 1
         elif len(ids) > max_prompt_tokens:
@@ -109,7 +101,7 @@ def load_prompts(
         else:
             prompts.append(Prompt(id=str(row), token_ids=ids, text=text, teacher_ids=theirs))
     if not prompts:
-        shortest = min(map(len, token_ids))
+        shortest = min(len(ids) for _, ids, _ in rendered)
         raise UserError(
             f"{path}: no prompt is left: {dropped_long} exceed data.max_prompt_tokens = {max_prompt_tokens} "
             f"(the shortest of all has {shortest} tokens), {dropped_empty} are empty, the teacher's of "
@@ -165,6 +157,25 @@ class PromptStream:
                 random.Random(f"prompts:{self._seed}:{epoch}").shuffle(order)
             self._order = (epoch, order)
         return self._order[1]
+
+
+def _rendered(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str,
+    system_prompt: str | None,
+    teacher: TeacherPrompt | None,
+) -> list[tuple[str, list[int], list[int]]]:
+    """The user's text, the token ids, and those of the teacher's own prompt (none without) of every line."""
+    named = template_fields(teacher.template) if teacher else []
+    lines = read_rows(path, field, [name for name in named if name != field])
+    rows = [_messages(line[field], place, system_prompt) for place, line in lines]
+    texts = [_user_text(messages) for messages in rows]
+    token_ids = _tokenise(rows, tokenizer, path)
+    if teacher is None:
+        return [(text, ids, []) for text, ids in zip(texts, token_ids, strict=True)]
+    filled = [teacher.messages(row, line, field) for row, (_, line) in zip(rows, lines, strict=True)]
+    return list(zip(texts, token_ids, _tokenise(filled, tokenizer, path), strict=True))
 
 
 def _messages(value: str | list[Any], place: str, system_prompt: str | None) -> list[Message]:
