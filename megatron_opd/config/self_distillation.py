@@ -39,11 +39,6 @@ def check_self_distillation(config: Config) -> None:
     teacher = config.teacher
     if teacher.prompt_template is not None:
         template_fields(teacher.prompt_template)
-        if config.parallel.context > 1:
-            raise UserError(
-                f"{_TEMPLATE}: processes that share a sequence would hold other tokens of the teacher's than of the "
-                "student's: set parallel.context to 1"
-            )
     elif teacher.max_prompt_tokens is not None:
         raise UserError(
             f"teacher.max_prompt_tokens: read with {_TEMPLATE} only: give that, or use data.max_prompt_tokens"

@@ -234,8 +234,17 @@ def _scoring(setting: Setting, stage: int) -> dict[str, int]:
     return {
         "teacher payload": _payload(setting, stage),
         "hidden states": hidden,
-        "working set": max(layer, logits),
+        "working set": max(layer, logits, _dealt(setting, stage)),
     }
+
+
+def _dealt(setting: Setting, stage: int) -> int:
+    """A microbatch's payload under CP, from the shares of the teacher's own sequences to those of the student's: rows
+    [T] of what the teacher read, gathered, put in order and picked."""
+    if setting.config.teacher.prompt_template is None or setting.layout.context == 1:
+        return 0
+    last = stage == setting.layout.pipeline - 1
+    return last * 3 * payload_row(setting) * setting.workload.teacher_fullest.tokens
 
 
 def _payload(setting: Setting, stage: int) -> int:
@@ -246,9 +255,14 @@ def _payload(setting: Setting, stage: int) -> int:
         return 0
     work = setting.workload
     tokens = work.sequences * work.response // setting.layout.context
+    return tokens * payload_row(setting)
+
+
+def payload_row(setting: Setting) -> int:
+    """Of a loss token."""
     if setting.payload is None:
-        return tokens * (_FP32 * (1 + setting.served_ids) + _INDEX * setting.served_ids)
-    return tokens * setting.payload.bytes_per_position
+        return _FP32 * (1 + setting.served_ids) + _INDEX * setting.served_ids
+    return setting.payload.bytes_per_position
 
 
 def in_flight(setting: Setting, stage: int) -> float:

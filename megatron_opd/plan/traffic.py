@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.plan.activations import Widths
 from megatron_opd.plan.flops import scoring_passes
-from megatron_opd.plan.memory import buckets
+from megatron_opd.plan.memory import buckets, payload_row
 from megatron_opd.plan.parameters import chunks_of_stage, stage_layers, stage_parameters
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
@@ -114,6 +114,8 @@ def _scoring(setting: Setting, stage: int) -> Iterator[Traffic]:
             yield _calls(setting, "scoring", "tp", "all_gather", share * passes, size)
     if setting.teacher is None and stage == setting.layout.pipeline - 1:
         yield from _served(setting, passes)
+    if setting.config.teacher.prompt_template is not None and stage == setting.layout.pipeline - 1:
+        yield from _dealt(setting, passes)
 
 
 def _score_bytes(setting: Setting, arch: Architecture) -> int:
@@ -138,6 +140,17 @@ def _served(setting: Setting, passes: float) -> Iterator[Traffic]:
     said = payload_bytes(setting) * pack.loss_tokens * setting.workload.microbatches
     for group in ("cp", "tp"):
         yield _calls(setting, "scoring", group, "broadcast", setting.workload.updates, said)
+
+
+def _dealt(setting: Setting, passes: float) -> Iterator[Traffic]:
+    """Payloads over CP from the shares of the teacher's sequences to those of the student's: rows [T] of what the
+    teacher read, and the int64 masks of both; before that the student's likeliest ids, in int64, for servers."""
+    ours, theirs = setting.workload.pack.tokens, setting.workload.teacher_pack.tokens
+    ids = setting.served_ids
+    sizes = payload_row(setting) * theirs + _INDEX * (ours + theirs)
+    if setting.names_ids:
+        sizes += _INDEX * (ids * ours + ours + theirs)
+    yield _calls(setting, "scoring", "cp", "all_gather", passes, sizes)
 
 
 def payload_bytes(setting: Setting) -> int:

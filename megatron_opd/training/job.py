@@ -36,6 +36,7 @@ from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
 from megatron_opd.rollout.stream import RolloutStream
+from megatron_opd.teacher.dealing import payloads_for_student, rows_for
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import TeacherPayload
 from megatron_opd.teacher.sglang import SGLangTeacher
@@ -151,7 +152,7 @@ class Job:
         """What the teacher says of an update: all of it, or what the objective reads and servers give."""
         section = self.config.objective
         if not isinstance(self.teacher, SGLangTeacher) or not section.support.startswith("student_topk"):
-            return self.teacher.score(update.for_teacher)
+            return self._for_student(self.teacher.score(update.for_teacher), update)
         student = self.student
         ids = likeliest_ids(
             student.ddps,
@@ -162,7 +163,17 @@ class Job:
             vocab_size=self.texts.vocab_size,
             chunk_size=section.head_chunk,
         )
-        return self.teacher.score(update.for_teacher, ids)
+        if self.groups.cp.size() > 1:
+            ids = [
+                None if each is None else rows_for(read.for_teacher, read, [each], self.groups.cp)[0]
+                for each, read in zip(ids, update.microbatches, strict=True)
+            ]
+        return self._for_student(self.teacher.score(update.for_teacher, ids), update)
+
+    def _for_student(
+        self, payloads: Sequence[TeacherPayload | None], update: Update
+    ) -> Sequence[TeacherPayload | None]:
+        return payloads_for_student(payloads, update.microbatches, self.groups.cp)
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if not self.objective.objective.reads_old_logprobs:
@@ -202,10 +213,10 @@ class Job:
         if isinstance(self.teacher, SGLangTeacher):
             name = "reverse_kl_sampled"
             measure = Objective("policy_gradient", temperature=temperature, served_at=1.0)
-            payloads = self.teacher.score(heldout.for_teacher, k=0)
+            payloads = self._for_student(self.teacher.score(heldout.for_teacher, k=0), heldout)
         else:
             name, measure = "reverse_kl", Objective(temperature=temperature)
-            payloads = self.teacher.score(heldout.for_teacher, "hidden_states")
+            payloads = self._for_student(self.teacher.score(heldout.for_teacher, "hidden_states"), heldout)
         heldout = replace(heldout, payloads=payloads)
         plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)

@@ -69,10 +69,6 @@ SERVED = {
             {"teacher__max_prompt_tokens": 9},
             r"teacher\.max_prompt_tokens: read with teacher\.prompt_template",
         ),
-        (
-            {"teacher__prompt_template": TEMPLATE, "parallel__context": 2},
-            r"teacher\.prompt_template: .*parallel\.context to 1",
-        ),
         ({"teacher__prompt_template": "'a {prompt'"}, r"teacher\.prompt_template: .*\{\{ and \}\}"),
         ({"teacher__prompt_template": "plain"}, r"teacher\.prompt_template: names no field"),
         (
@@ -98,7 +94,7 @@ def test_what_is_refused(models, tmp_path, changes, message):
     if "teacher__path" in changes:
         changes = changes | {"teacher__path": models / changes["teacher__path"]}
     with pytest.raises(UserError, match=message) as caught:
-        check_models(config_of(models, tmp_path, **changes), 2 if "parallel__context" in changes else 1)
+        check_models(config_of(models, tmp_path, **changes), 1)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -40,6 +40,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "teacher__prompt_template": "{prompt} {solution}",
         "teacher__max_prompt_tokens": 200,
     },
+    "CP2, longer prompts of the teacher": {
+        "parallel__context": 2,
+        "teacher__prompt_template": "{prompt} {solution}",
+        "teacher__max_prompt_tokens": 200,
+    },
     "DP2, not distributed": {"parallel__data": 2, "optimizer__distributed": False},
 }
 

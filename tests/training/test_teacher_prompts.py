@@ -29,6 +29,7 @@ LAYOUTS = [
     ParallelLayout(tensor=2, sequence_parallel=True),
     ParallelLayout(pipeline=2),
     ParallelLayout(data=2),
+    ParallelLayout(context=2),
 ]
 
 
@@ -136,8 +137,9 @@ def test_the_student_with_the_same_prompt_teaches_nothing(
         {"teacher__payload": "topk", "objective__preset": "mopd", "parallel__tensor": 2},
         {"teacher__payload": "sampled", "objective__preset": "iw-opd", "training__updates_per_rollout": 2},
         {"objective__preset": "aopd", "parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+        {"teacher__payload": "topk", "objective__preset": "mopd", "parallel__context": 2},
     ],
-    ids=["topk", "sampled", "interleaved"],
+    ids=["topk", "sampled", "interleaved", "topk-CP2"],
 )
 def test_jobs_with_every_payload_and_layout_take_the_same_steps(
     gloo: GlooPools, inputs: Path, tmp_path: Path, changes: dict[str, Any]

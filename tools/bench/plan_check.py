@@ -32,6 +32,7 @@ from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import build_groups
 from megatron_opd.plan.memory import StageMemory, stage_memory
 from megatron_opd.plan.setting import Setting
+from megatron_opd.teacher.dealing import payloads_for_student
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import tensors_of
 from megatron_opd.training.student import Student, build_student
@@ -177,7 +178,8 @@ class Built:
     def scored(self) -> Update:
         """The update with its payload."""
         payloads = self.objective.teacher.score([each.for_teacher for each in self.microbatches])
-        return Update(self.microbatches, self.scale, payloads)
+        cp = self.objective.groups.cp
+        return Update(self.microbatches, self.scale, payloads_for_student(payloads, self.microbatches, cp))
 
     def update(self, update: Update) -> None:
         """Forward and backward passes of an update."""
