@@ -14,6 +14,7 @@ from megatron_opd.config.layout_checks import check_teacher_layout
 from megatron_opd.config.rollout import SGLangConfig
 from megatron_opd.config.schema import Config, ParallelConfig, TeacherConfig, TeacherParallelConfig
 from megatron_opd.config.section import Section
+from megatron_opd.config.self_distillation import check_same_model
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, ServedModel, read_architecture, read_served
 from megatron_opd.objectives.gates import Gate
@@ -103,6 +104,8 @@ def check_models(config: Config, world_size: int) -> Checked:
         served = _read("teacher.path", config.teacher.path, read_served)
     else:
         teacher = _read("teacher.path", config.teacher.path, read_architecture)
+        if config.teacher.ema is not None:
+            check_same_model(student, teacher)
     reference = None
     if config.reference is not None:
         reference = _read("reference.path", config.reference.path, read_architecture)

@@ -5,7 +5,8 @@ rollouts of the next steps while one trains.
 """
 
 import time
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from megatron_opd.config.load import changed_keys, load_config, save_resolved
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
+from megatron_opd.models.gpt import GPT
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.stream import staleness
 from megatron_opd.teacher.separate import SeparateTeacher
@@ -89,6 +91,8 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
     job.student.start_step()
     progress = (step - 1) / max(1, job.config.training.steps - 1)
     outcomes = [job.apply(update, progress) for update in updates]
+    if job.average is not None:
+        job.average.hand_over()
     trained = time.perf_counter()
     tokens = sum(update.scale.loss_tokens for update in updates)
     return {
@@ -133,11 +137,17 @@ def changes_since(config: Config) -> list[str]:
 
 
 def save(job: Job, step: int) -> None:
-    """Write the checkpoint of `step`: model, optimizer, prompt position."""
+    """Write the checkpoint of `step`: model, optimizer, prompt position, and a teacher that follows the student."""
     state = {"prompts": job.prompts.state_dict()}
     if isinstance(job.teacher, SeparateTeacher):
         job.teacher.call_to_save(step)
-    job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state)
+    with moving_teacher(job) as teacher:
+        job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state, teacher)
+
+
+def moving_teacher(job: Job) -> AbstractContextManager[Sequence[GPT]]:
+    """Chunks of the average that the teacher becomes; none where it keeps its weights."""
+    return nullcontext(()) if job.average is None else job.average.as_model()
 
 
 def resume(job: Job) -> int:
@@ -145,7 +155,8 @@ def resume(job: Job) -> int:
     folder = job.checkpoints.newest_intact()
     if folder is None:
         return 0
-    state = job.checkpoints.load(folder, job.student.chunks, job.student.optimizer)
+    with moving_teacher(job) as teacher:
+        state = job.checkpoints.load(folder, job.student.chunks, job.student.optimizer, teacher)
     job.prompts.load_state_dict(state["prompts"])
     job.student.continue_after(state["step"])
     if state["step"] > job.config.training.steps:

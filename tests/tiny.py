@@ -1,5 +1,6 @@
 """Tiny random models as Hugging Face folders, and recorded rollouts, for tests of whole paths."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,3 +63,11 @@ def recorded_rollouts(count: int, *, seed: int = 0, longest: int = 30) -> list[R
         logprobs = (-5 * torch.rand(length, generator=generator)).tolist()
         rollouts.append(Rollout(str(i), 0, ids(prompt_length), ids(length), logprobs, "length", 0))
     return rollouts
+
+
+def with_teacher_prompts(rollouts: list[Rollout]) -> list[Rollout]:
+    """With prompts of the teacher's own, some longer and some shorter than the student's."""
+    return [
+        replace(rollout, teacher_prompt_ids=[200 + i] + rollout.prompt_ids[i % 3 :] + [249] * (4 * i % 11))
+        for i, rollout in enumerate(rollouts)
+    ]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from megatron_opd.checkpoint.hf_import import HfReader, check_hf_weights
-from megatron_opd.data.jsonl import read_column
+from megatron_opd.data.jsonl import read_rows
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.errors import UserError
@@ -103,7 +103,7 @@ def _tokenise(file: Path, folder: Path) -> list[list[int]]:
         if _field(file) == "prompt":
             loaded = load_prompts(file, tokenizer, max_prompt_tokens=10**9)
             return [prompt.token_ids for prompt in loaded.prompts]
-        texts = [value for _, value in read_column(file, "text")]
+        texts = [row["text"] for _, row in read_rows(file, "text")]
     else:
         try:
             texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -113,7 +113,7 @@ def _tokenise(file: Path, folder: Path) -> list[list[int]]:
 
 
 def _field(file: Path) -> str:
-    """Which field the samples are in, by the first line; a line that cannot be read is `read_column`'s to name."""
+    """Which field the samples are in, by the first line; a line that cannot be read is `read_rows`'s to name."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         first = next((line for line in lines if line.strip()), None)
     if first is None:

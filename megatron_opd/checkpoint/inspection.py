@@ -17,7 +17,7 @@ from megatron_opd.checkpoint.safetensors_files import DTYPES
 from megatron_opd.checkpoint.shared_count import Progress, SharedCount
 from megatron_opd.checkpoint.state_read import StateReader, StoredTensor
 from megatron_opd.checkpoint.verify import checked_plan
-from megatron_opd.checkpoint.weights import STATE
+from megatron_opd.checkpoint.weights import STATE, TEACHER_PREFIX
 from megatron_opd.data.tokenizer import ROLES, load_tokenizer
 from megatron_opd.models.architecture import Architecture
 
@@ -43,7 +43,9 @@ def describe_folder(
     rows += _parameter_rows(plan)
     rows.append(("weights", _summary(model.values())))
     if megatron:
+        teacher = {name: beside.pop(name) for name in list(beside) if name.startswith(TEACHER_PREFIX)}
         rows.append(("optimizer", _summary(beside.values()) if beside else "none"))
+        rows += [("teacher", _summary(teacher.values()))] if teacher else []
     rows += _file_rows(folder)
     if megatron:
         rows.append(("checksums", _checksums(folder, check, progress)))

@@ -23,17 +23,25 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.checkpoint.checksums import first_damaged_file, write_checksums
 from megatron_opd.checkpoint.state_read import plain_data_only
-from megatron_opd.checkpoint.weights import STATE, copy_model_files, load_chunks, sharded_weights
+from megatron_opd.checkpoint.weights import (
+    STATE,
+    TEACHER_PREFIX,
+    copy_model_files,
+    load_chunks,
+    sharded_weights,
+)
 from megatron_opd.errors import UserError, why_refused
 from megatron_opd.models.gpt import GPT
 from megatron_opd.parallel.groups import all_ranks
 
 _PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
 _SHARDED = "optimizer_sharded"  # in run.json: whether the state is that of the distributed optimizer
+_TEACHER = "teacher"  # in run.json: whether the state has a teacher; in the state: its weights
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,22 @@ class CheckpointStore:
     model_folder: Path
     identity: Mapping[str, str]
 
-    def save(self, step: int, chunks: Sequence[GPT], optimizer: Any, run_state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        chunks: Sequence[GPT],
+        optimizer: Any,
+        run_state: dict[str, Any],
+        teacher: Sequence[GPT] = (),
+    ) -> Path:
         """Write and publish the checkpoint of `step`, then delete all but the newest `keep_last`.
 
+        `teacher` are the chunks of a teacher whose weights move.
         Raises UserError, with the earlier checkpoints untouched, when the disk is or becomes full.
         """
-        state = sharded_state(chunks, optimizer, self.groups, is_loading=False)
+        state = sharded_state(chunks, optimizer, self.groups, is_loading=False, teacher=teacher)
         about = {"step": step, "identity": dict(self.identity), _SHARDED: _is_sharded(optimizer)}
+        about |= {_TEACHER: True} if teacher else {}
         return self._write(step, state, {**run_state, **about})
 
     def join_save(self, step: int) -> None:
@@ -181,11 +198,14 @@ class CheckpointStore:
             )
         return None
 
-    def load(self, folder: Path, chunks: Sequence[GPT], optimizer: Any) -> dict[str, Any]:
-        """Load model and optimizer from a checkpoint written at any layout; returns its run state.
+    def load(
+        self, folder: Path, chunks: Sequence[GPT], optimizer: Any, teacher: Sequence[GPT] = ()
+    ) -> dict[str, Any]:
+        """Load model, optimizer and `teacher` from a checkpoint written at any layout; returns its run state.
 
-        Raises UserError when the checkpoint is not of this run: its `identity` differs; and when one of the two
-        optimizers is megatron-core's distributed one, which names its state differently.
+        Raises UserError when the checkpoint is not of this run: its `identity` differs, or only one of the two has a
+        teacher; and when one of the two optimizers is megatron-core's distributed one, which names its state
+        differently.
         """
         run_state = json.loads((folder / "run.json").read_text())
         for key, value in self.identity.items():
@@ -201,19 +221,33 @@ class CheckpointStore:
                 f"optimizer.distributed: {folder} was saved with {str(sharded).lower()}, which this run cannot load: "
                 f"set it to {str(sharded).lower()}"
             )
+        if run_state.pop(_TEACHER, False) != bool(teacher):
+            remedy = "leave it null" if teacher else "set it to the decay that the run had"
+            raise UserError(
+                f"teacher.ema: {folder} was saved {'without' if teacher else 'with'} a teacher that follows the "
+                f"student: {remedy}, or give this run a run_dir of its own"
+            )
         with plain_data_only(folder / STATE):
             state = dist_checkpointing.load(
-                sharded_state(chunks, optimizer, self.groups, is_loading=True), str(folder / STATE)
+                sharded_state(chunks, optimizer, self.groups, is_loading=True, teacher=teacher),
+                str(folder / STATE),
             )
         load_chunks(chunks, state)
+        if teacher:
+            load_chunks(teacher, state[_TEACHER])
         optimizer.load_state_dict(state["optimizer"])
         return run_state
 
 
 def sharded_state(
-    chunks: Sequence[GPT], optimizer: Any, groups: ProcessGroupCollection, *, is_loading: bool
+    chunks: Sequence[GPT],
+    optimizer: Any,
+    groups: ProcessGroupCollection,
+    *,
+    is_loading: bool,
+    teacher: Sequence[GPT] = (),
 ) -> dict[str, Any]:
-    """Model and optimizer as megatron's sharded state dict, in the form that loads at another layout."""
+    """Model, optimizer and teacher as megatron's sharded state dict, in the form that loads at another layout."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",  # the default type does not save torch's Adam at all
         "chained_optim_avoid_prefix": True,
@@ -221,6 +255,9 @@ def sharded_state(
     }
     state: dict[str, Any] = dict(sharded_weights(chunks, metadata))
     state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    if teacher:
+        state[_TEACHER] = sharded_weights(teacher, metadata)
+        add_prefix_for_sharding(state[_TEACHER], TEACHER_PREFIX)
     return state
 
 

@@ -28,6 +28,9 @@ from megatron_opd.models.gpt import GPT
 STATE = "state"
 """Subfolder of a Megatron folder that holds the weights."""
 
+TEACHER_PREFIX = "teacher."
+"""Before the names of a teacher's weights, where a run's checkpoint holds some."""
+
 _TOKENIZER_FILES = (
     "tokenizer*.json",
     "tokenizer.model",

@@ -19,6 +19,7 @@ from megatron_opd.config.layout_checks import (
 )
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.self_distillation import check_self_distillation
 from megatron_opd.config.server_checks import check_servers, check_teacher
 from megatron_opd.errors import UserError
 
@@ -43,6 +44,7 @@ def check_fields(config: Config) -> None:
     _check_microbatch(config)
     _check_engine(config.rollout)
     check_teacher(config)
+    check_self_distillation(config)
     _check_objective(config)
     if config.objective.kept_ids_only:
         _check_kept_ids(config.rollout)
@@ -206,22 +208,23 @@ def _check_kept_ids(rollout: RolloutConfig) -> None:
 def _check_microbatch(config: Config) -> None:
     """The longest sequence, padded to whole shards, has to fit a microbatch."""
     budget, shards = config.training.microbatch_tokens, alignment_of_run(config)
-    longest = _longest_sequence(config)
-    needed = -(-longest // shards) * shards
-    if needed > budget:
-        raise UserError(
-            f"training.microbatch_tokens: {budget} cannot hold data.max_prompt_tokens + "
-            f"rollout.max_new_tokens = {longest} tokens: raise it to {needed} at least, or lower these"
-        )
+    for role in ("student", "teacher"):
+        key, longest = _longest_sequence(config, role)
+        needed = -(-longest // shards) * shards
+        if needed > budget:
+            raise UserError(
+                f"training.microbatch_tokens: {budget} cannot hold {key} + "
+                f"rollout.max_new_tokens = {longest} tokens: raise it to {needed} at least, or lower these"
+            )
 
 
 def _check_rollout(config: Config, role: str, model: ServedSizes) -> None:
     """The longest sequence has to fit the positions of the model, top-k its vocabulary."""
     top_k = config.rollout.top_k
-    longest = _longest_sequence(config)
+    key, longest = _longest_sequence(config, role)
     if longest > model.max_positions:
         raise UserError(
-            f"rollout.max_new_tokens: data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, "
+            f"rollout.max_new_tokens: {key} + rollout.max_new_tokens = {longest} tokens, "
             f"but the {role} has {model.max_positions} positions: lower one of them"
         )
     if top_k > model.vocab_size:
@@ -231,6 +234,8 @@ def _check_rollout(config: Config, role: str, model: ServedSizes) -> None:
         )
 
 
-def _longest_sequence(config: Config) -> int:
-    """Tokens of the longest prompt with the longest response."""
-    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+def _longest_sequence(config: Config, role: str) -> tuple[str, int]:
+    """What limits the prompts that a model reads, and tokens of the longest with the longest response."""
+    if role == "teacher" and config.teacher.max_prompt_tokens is not None:
+        return "teacher.max_prompt_tokens", config.teacher_prompt_tokens + config.rollout.max_new_tokens
+    return "data.max_prompt_tokens", config.data.max_prompt_tokens + config.rollout.max_new_tokens

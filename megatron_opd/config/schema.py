@@ -89,6 +89,24 @@ class TeacherConfig(FrozenModelConfig):
     parallel: TeacherParallelConfig | None = Field(
         None, description="Layout of its own, of the engine megatron. null: the student's."
     )
+    prompt_template: str | None = Field(
+        None,
+        description="What the teacher reads in the place of the user's last message, with fields of the prompt's line "
+        "in braces, each a text in every line: {prompt} (the name in `data.prompt_field`) is that message. {{ and }} "
+        "are braces. null: what the student reads.",
+    )
+    max_prompt_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens of a prompt by `prompt_template`, chat template included. Prompts that become longer are "
+        "dropped and counted. null: `data.max_prompt_tokens`.",
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of the teacher's weights towards the student's: after every update teacher = ema * teacher "
+        "+ (1 - ema) * student, from the weights in `path` on. Costs 4 bytes a weight on every process. null: fixed.",
+    )
     sglang: SGLangConfig = SGLangConfig()
     request_tokens: PositiveInt = Field(
         2048,
@@ -218,3 +236,8 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def teacher_prompt_tokens(self) -> int:
+        """Tokens that the teacher reads before a response at most."""
+        return self.teacher.max_prompt_tokens or self.data.max_prompt_tokens

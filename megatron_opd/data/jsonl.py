@@ -1,11 +1,11 @@
-"""Reads one column of a JSONL file, or of every JSONL file in a folder, through `datasets`.
+"""Reads columns of a JSONL file, or of every JSONL file in a folder, through `datasets`.
 
 `datasets` and pyarrow report a bad file without its line number; here the line is looked up and named.
 """
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ import datasets
 from megatron_opd.errors import UserError
 
 
-def read_column(path: Path, field: str) -> list[tuple[str, Any]]:
-    """The values of `field` in file order (the files of a folder in the order of their names), each with the
-    place it came from ("prompts.jsonl, line 3"); blank lines skipped.
+def read_rows(path: Path, field: str, texts: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """The values of `field` and of the fields `texts` in file order (the files of a folder in the order of their
+    names), each row with the place it came from ("prompts.jsonl, line 3"); blank lines skipped.
 
-    A value is a string or a list. Raises UserError naming the file, the line and the remedy for a missing
-    path, a broken line, an absent field and a value of another type.
+    A value of `field` is a string or a list, those of `texts` are strings. Raises UserError naming the file, the line
+    and the remedy for a missing path, a broken line, an absent field and a value of another type.
     """
-    values = [placed for file in _jsonl_files(path) for placed in _with_places(file, _read_file(file, field))]
+    values = [
+        placed for file in _jsonl_files(path) for placed in _with_places(file, _read_file(file, field, texts))
+    ]
     if not values:
         raise UserError(
             f"{path}: holds no prompts; data.prompts and evaluation.prompts need at least one line each"
@@ -42,7 +44,7 @@ def _jsonl_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read_file(file: Path, field: str) -> list[Any]:
+def _read_file(file: Path, field: str, texts: Sequence[str]) -> list[dict[str, Any]]:
     if not any(True for _ in _lines(file)):
         return []
     verbosity = datasets.logging.get_verbosity()
@@ -55,21 +57,30 @@ def _read_file(file: Path, field: str) -> list[Any]:
             table = datasets.load_dataset(
                 "json", data_files=[str(file)], split="train", cache_dir=cache, keep_in_memory=True
             )
-            values = list(table[field]) if field in table.column_names else None
+            names = [field, *texts]
+            rows = None
+            if set(names) <= set(table.column_names):
+                columns = [list(table[name]) for name in names]
+                rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise _explain(file, field) or UserError(f"{file}: not readable as JSONL ({error})") from None
+        raise _explain(file, field, texts) or UserError(f"{file}: not readable as JSONL ({error})") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
         if bars_shown:
             datasets.enable_progress_bars()
-    if values is None or not all(isinstance(value, str | list) for value in values):
-        raise _explain(file, field) or UserError(
+    if rows is None or not all(_fits(row, field, texts) for row in rows):
+        raise _explain(file, field, texts) or UserError(
             f"{file}: field {field!r} must be text or a list of chat messages"
+            + (f", and text {', '.join(texts)} (teacher.prompt_template)" if texts else "")
         )
-    return values
+    return rows
 
 
-def _with_places(file: Path, values: list[Any]) -> Iterator[tuple[str, Any]]:
+def _fits(row: dict[str, Any], field: str, texts: Sequence[str]) -> bool:
+    return isinstance(row[field], str | list) and all(isinstance(row[name], str) for name in texts)
+
+
+def _with_places(file: Path, values: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     numbers = [number for number, _ in _lines(file)]
     if len(numbers) == len(values):
         places = (f"{file}, line {number}" for number in numbers)
@@ -87,7 +98,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{file}: not UTF-8 text; prompt files are JSONL in UTF-8") from None
 
 
-def _explain(file: Path, field: str) -> UserError | None:
+def _explain(file: Path, field: str, texts: Sequence[str]) -> UserError | None:
     """The first line that cannot be a prompt, as an error that names it; None when every line looks right."""
     for number, line in _lines(file):
         where = f"{file}, line {number}"
@@ -111,4 +122,10 @@ def _explain(file: Path, field: str) -> UserError | None:
             return UserError(
                 f"{where}: field {field!r} is {kind}; it must be text or a list of chat messages"
             )
+        for name in texts:
+            if not isinstance(row.get(name), str):
+                kind = "is missing" if row.get(name) is None else f"is {type(row[name]).__name__}"
+                return UserError(
+                    f"{where}: field {name!r} {kind}; teacher.prompt_template needs text there in every line"
+                )
     return None

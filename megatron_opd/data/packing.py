@@ -7,7 +7,7 @@ their padding) or of a context-parallel rank's share of it, S segments.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
@@ -37,10 +37,18 @@ class Microbatch:
     drawn_logprobs_T: Tensor  # the same after top-p and top-k, renormalised over the ids that were left
     kept_T: KeptIds  # those ids, none where mask_T is False; of no position where they were not recorded
     cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, of the whole; all divide by the alignment
+    # With prompts of the teacher's own: the same rollouts after these, so the same loss positions in the same order.
+    teacher: "Microbatch | None" = None
+
+    @property
+    def for_teacher(self) -> "Microbatch":
+        """What the teacher reads."""
+        return self if self.teacher is None else self.teacher
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch on another device."""
-        return Microbatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return Microbatch(**moved)
 
     def kept_N(self) -> KeptIds:
         """The ids that sampling kept at each loss position; they must have been recorded."""
@@ -50,6 +58,8 @@ class Microbatch:
     def shard(self, rank: int, ranks: int) -> "Microbatch":
         """The zigzag share of context-parallel rank `rank` of `ranks`, of a whole microbatch: [T / ranks] tokens.
 
+        That of what the `teacher` reads holds other loss positions.
+
         With one rank it is the microbatch. ValueError if a segment does not divide by 2 * ranks.
         """
         if ranks == 1:
@@ -58,12 +68,13 @@ class Microbatch:
         tokens = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in ("cu_seqlens", "kept_T")
+            if field.name not in ("cu_seqlens", "kept_T", "teacher")
         }
         return Microbatch(
             **{name: tensor[mine] for name, tensor in tokens.items()},
             kept_T=self.kept_T.at(mine) if len(self.kept_T) else self.kept_T,
             cu_seqlens=self.cu_seqlens,
+            teacher=None if self.teacher is None else self.teacher.shard(rank, ranks),
         )
 
 
@@ -84,7 +95,8 @@ def pack(
 
     Every segment is padded with zeros to a multiple of `alignment`, and no microbatch exceeds `token_budget`
     tokens. `loss_mask` says which response tokens are loss positions (None: all); the others stay inputs.
-    Rollouts without a loss position are left out.
+    Rollouts without a loss position are left out. Where rollouts have a prompt of the teacher's own, the microbatches
+    have a `teacher`, which keeps to the budget too.
 
     Raises UserError naming `training.microbatch_tokens` when the budget is less than one rollout or than the
     alignment.
@@ -96,7 +108,12 @@ def pack(
         )
     masked = [(rollout, (loss_mask or LossMask()).of(rollout)) for rollout in rollouts]
     kept = [(rollout, mask) for rollout, mask in masked if any(mask)]
-    lengths = [_padded_length(rollout, alignment) for rollout, _ in kept]
+    for_teacher = [(_with_teacher_prompt(rollout), mask) for rollout, mask in kept]
+    own_prompts = any(rollout.teacher_prompt_ids for rollout, _ in kept)
+    lengths = [
+        max(_padded_length(ours, alignment), _padded_length(theirs, alignment))
+        for (ours, _), (theirs, _) in zip(kept, for_teacher, strict=True)
+    ]
     if lengths and max(lengths) > token_budget:
         raise UserError(
             f"training.microbatch_tokens = {token_budget} is too small for a rollout of {max(lengths)} "
@@ -104,10 +121,14 @@ def pack(
         )
     bins_by_rank = [_fill_bins(share, lengths, token_budget) for share in _deal(lengths, dp_size)]
     count = -(-max(1, *map(len, bins_by_rank)) // count_multiple) * count_multiple
-    return [
-        [_build([kept[i] for i in members], alignment) for members in _spread(bins, lengths, count)]
-        for bins in bins_by_rank
-    ]
+
+    def build(members: list[int]) -> Microbatch:
+        student = _build([kept[i] for i in members], alignment)
+        if not own_prompts:
+            return student
+        return replace(student, teacher=_build([for_teacher[i] for i in members], alignment))
+
+    return [[build(members) for members in _spread(bins, lengths, count)] for bins in bins_by_rank]
 
 
 def count_loss_tokens(microbatches: Iterable[Microbatch]) -> int:
@@ -118,6 +139,12 @@ def count_loss_tokens(microbatches: Iterable[Microbatch]) -> int:
 def count_tokens(microbatches: Iterable[Microbatch]) -> int:
     """Tokens of prompts and responses over all microbatches, padding left out."""
     return sum(int((~microbatch.padding_T).sum()) for microbatch in microbatches)
+
+
+def _with_teacher_prompt(rollout: Rollout) -> Rollout:
+    if not rollout.teacher_prompt_ids:
+        return rollout
+    return replace(rollout, prompt_ids=rollout.teacher_prompt_ids, kept_ids=KeptIds.of())
 
 
 def _padded_length(rollout: Rollout, alignment: int) -> int:

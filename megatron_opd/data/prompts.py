@@ -3,14 +3,15 @@
 import hashlib
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from megatron_opd.data.jsonl import read_column
+from megatron_opd.config.self_distillation import template_fields
+from megatron_opd.data.jsonl import read_rows
 from megatron_opd.errors import UserError
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -27,6 +28,23 @@ class Prompt:
     id: str
     token_ids: list[int]  # chat template applied
     text: str  # the user's text
+    teacher_ids: list[int] = field(default_factory=list)  # what the teacher reads instead; empty: token_ids
+
+
+@dataclass(frozen=True)
+class TeacherPrompt:
+    """Prompts of the teacher's own: `template` with fields of the prompt's line is the user's last message."""
+
+    template: str
+    max_tokens: int  # longer ones are dropped
+
+    def messages(self, messages: list[Message], line: Mapping[str, Any], prompt_field: str) -> list[Message]:
+        """What the teacher reads in the place of `messages`, which are those of a line."""
+        filled = self.template.format_map({**line, prompt_field: _user_text(messages)})
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        return [
+            {**message, "content": filled} if i == last else message for i, message in enumerate(messages)
+        ]
 
 
 @dataclass(frozen=True)
@@ -37,11 +55,19 @@ class LoadedPrompts:
     dropped_long: int  # longer than max_prompt_tokens
     dropped_empty: int  # blank text
     notes: list[str]
+    dropped_teacher: int = 0  # the teacher's is longer than its limit
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the prompts' token ids, in order."""
-        return hashlib.sha256(repr([prompt.token_ids for prompt in self.prompts]).encode()).hexdigest()
+        """SHA-256 of the prompts' token ids, in order; with that of the teacher's where they are its own."""
+        digest = _digest([prompt.token_ids for prompt in self.prompts])
+        if any(prompt.teacher_ids for prompt in self.prompts):
+            digest += f", the teacher's {_digest([prompt.teacher_ids for prompt in self.prompts])}"
+        return digest
+
+
+def _digest(token_ids: list[list[int]]) -> str:
+    return hashlib.sha256(repr(token_ids).encode()).hexdigest()
 
 
 def load_prompts(
@@ -51,37 +77,38 @@ def load_prompts(
     field: str = "prompt",
     max_prompt_tokens: int,
     system_prompt: str | None = None,
+    teacher: TeacherPrompt | None = None,
 ) -> LoadedPrompts:
     """Read, render and tokenise the prompts of a JSONL file or of a folder of JSONL files.
 
     `field` holds text or a list of chat messages. The tokenizer's chat template is applied with the
     generation prompt; `system_prompt` goes first unless a message list brings its own. A tokenizer without a
     chat template gets the plain text. Prompts of more than `max_prompt_tokens` tokens are dropped and
-    counted. The id of a prompt is its row.
+    counted, as those that are too long for the `teacher`, if it has its own. The id of a prompt is its row.
 
     Raises UserError for unreadable input (naming file and line), malformed messages, a chat template that
     refuses a prompt, and when nothing is left.
     """
-    rows = [_messages(value, place, system_prompt) for place, value in read_column(path, field)]
-    token_ids = _tokenise(rows, tokenizer, path)
-    texts = [_user_text(messages) for messages in rows]
-    prompts, dropped_long, dropped_empty = [], 0, 0
-    for row, (ids, text) in enumerate(zip(token_ids, texts, strict=True)):
+    rendered = _rendered(path, tokenizer, field, system_prompt, teacher)
+    prompts, dropped_long, dropped_empty, dropped_teacher = [], 0, 0, 0
+    for row, (text, ids, theirs) in enumerate(rendered):
         if not text.strip() or not ids:
             dropped_empty += 1
         elif len(ids) > max_prompt_tokens:
             dropped_long += 1
+        elif teacher and len(theirs) > teacher.max_tokens:
+            dropped_teacher += 1
         else:
-            prompts.append(Prompt(id=str(row), token_ids=ids, text=text))
+            prompts.append(Prompt(id=str(row), token_ids=ids, text=text, teacher_ids=theirs))
     if not prompts:
-        shortest = min(map(len, token_ids))
+        shortest = min(len(ids) for _, ids, _ in rendered)
         raise UserError(
             f"{path}: no prompt is left: {dropped_long} exceed data.max_prompt_tokens = {max_prompt_tokens} "
-            f"(the shortest of all has {shortest} tokens), {dropped_empty} are empty"
+            f"(the shortest of all has {shortest} tokens), {dropped_empty} are empty, the teacher's of "
+            f"{dropped_teacher} exceed teacher.max_prompt_tokens"
         )
-    return LoadedPrompts(
-        prompts, dropped_long, dropped_empty, _notes(path, tokenizer, dropped_long, dropped_empty)
-    )
+    notes = _notes(path, tokenizer, dropped_long, dropped_empty, dropped_teacher)
+    return LoadedPrompts(prompts, dropped_long, dropped_empty, notes, dropped_teacher)
 
 
 class PromptStream:
@@ -132,6 +159,25 @@ class PromptStream:
         return self._order[1]
 
 
+def _rendered(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str,
+    system_prompt: str | None,
+    teacher: TeacherPrompt | None,
+) -> list[tuple[str, list[int], list[int]]]:
+    """The user's text, the token ids, and those of the teacher's own prompt (none without) of every line."""
+    named = template_fields(teacher.template) if teacher else []
+    lines = read_rows(path, field, [name for name in named if name != field])
+    rows = [_messages(line[field], place, system_prompt) for place, line in lines]
+    texts = [_user_text(messages) for messages in rows]
+    token_ids = _tokenise(rows, tokenizer, path)
+    if teacher is None:
+        return [(text, ids, []) for text, ids in zip(texts, token_ids, strict=True)]
+    filled = [teacher.messages(row, line, field) for row, (_, line) in zip(rows, lines, strict=True)]
+    return list(zip(texts, token_ids, _tokenise(filled, tokenizer, path), strict=True))
+
+
 def _messages(value: str | list[Any], place: str, system_prompt: str | None) -> list[Message]:
     if isinstance(value, str):
         messages = [{"role": "user", "content": value}]
@@ -175,7 +221,11 @@ def _tokenise(rows: list[list[Message]], tokenizer: PreTrainedTokenizerBase, pat
 
 
 def _notes(
-    path: Path, tokenizer: PreTrainedTokenizerBase, dropped_long: int, dropped_empty: int
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dropped_long: int,
+    dropped_empty: int,
+    dropped_teacher: int,
 ) -> list[str]:
     notes = []
     if not tokenizer.chat_template:
@@ -184,4 +234,9 @@ def _notes(
         notes.append(f"{path}: {dropped_long} prompts longer than data.max_prompt_tokens dropped")
     if dropped_empty:
         notes.append(f"{path}: {dropped_empty} empty prompts dropped")
+    if dropped_teacher:
+        notes.append(
+            f"{path}: {dropped_teacher} prompts dropped, as the teacher's are longer than its limit "
+            "(teacher.max_prompt_tokens, or else data.max_prompt_tokens)"
+        )
     return notes

@@ -88,7 +88,7 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
     teacher = 0.0
     if setting.teacher is not None:
         layers = stage_layers(setting.teacher, setting.layout)
-        teacher = layers * layer_forward(setting, setting.teacher, work.pack)
+        teacher = layers * layer_forward(setting, setting.teacher, work.teacher_pack)
         if last and setting.teacher_projects:
             teacher += head_product(setting, setting.teacher.hidden_size, work.pack.loss_tokens)
     prompts = work.prompts * work.prompt

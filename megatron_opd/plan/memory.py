@@ -1,10 +1,10 @@
 """Bytes of a rank by part, and in which phase of a step the most of them are alive together.
 
-Always there: weights, gradients and optimizer state of the student, weights of teacher and reference; what is offloaded
-lies in host memory instead, weights except while their model scores. Besides, one phase at a time: `rollout` (cache of
-keys and values, logits, copies of weights), `scoring` (the teacher's pass and its payload) and `training` (payload,
-activations, objective). Formulas stand with each function. What
-servers draw or score takes none of it here.
+Always there: weights, gradients and optimizer state of the student, weights of teacher and reference, and the float32
+average that a teacher becomes; what is offloaded lies in host memory instead, weights except while their model scores.
+Besides, one phase at a time: `rollout` (cache of keys and values, logits, copies of weights), `scoring` (the teacher's
+pass and its payload) and `training` (payload, activations, objective). Formulas stand with each function. What servers
+draw or score takes none of it here.
 """
 
 import math
@@ -70,6 +70,8 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
             always[f"{role} weights"] = head if model.offload else head + others
             if model.offload:
                 lent[f"offloaded {role} weights"] = others
+    if config.teacher.ema is not None:
+        always["teacher average"] = _FP32 * sum(p.numel for chunk in student for p in chunk)
     phases = {
         "rollout": _rollout(setting, stage, student) if setting.own_rollouts else {},
         "scoring": {**_scoring(setting, stage), **lent},
@@ -217,6 +219,10 @@ def _scoring(setting: Setting, stage: int) -> dict[str, int]:
         *([setting.student] if later or setting.names_ids else []),
         *([setting.reference] if setting.reference else []),
     ]
+
+    def fullest(arch: Architecture) -> Pack:
+        return work.teacher_fullest if arch is setting.teacher else work.fullest
+
     hidden = logits = 0
     if scored and stage == setting.layout.pipeline - 1:
         tokens = work.fullest.loss_tokens // setting.layout.context
@@ -224,12 +230,21 @@ def _scoring(setting: Setting, stage: int) -> dict[str, int]:
         logits = _chunk(setting, work.fullest) * setting.vocab_shard * value
         if setting.payload is not None and setting.payload.kind == "logits":
             logits = tokens * (setting.vocab_shard + 2 * setting.padded_vocab) * value
-    layer = max((kept_by_layer(setting, arch, work.fullest) for arch in [*models, *scored]), default=0)
+    layer = max((kept_by_layer(setting, arch, fullest(arch)) for arch in [*models, *scored]), default=0)
     return {
         "teacher payload": _payload(setting, stage),
         "hidden states": hidden,
-        "working set": max(layer, logits),
+        "working set": max(layer, logits, _dealt(setting, stage)),
     }
+
+
+def _dealt(setting: Setting, stage: int) -> int:
+    """A microbatch's payload under CP, from the shares of the teacher's own sequences to those of the student's: rows
+    [T] of what the teacher read, gathered, put in order and picked."""
+    if setting.config.teacher.prompt_template is None or setting.layout.context == 1:
+        return 0
+    last = stage == setting.layout.pipeline - 1
+    return last * 3 * payload_row(setting) * setting.workload.teacher_fullest.tokens
 
 
 def _payload(setting: Setting, stage: int) -> int:
@@ -240,9 +255,14 @@ def _payload(setting: Setting, stage: int) -> int:
         return 0
     work = setting.workload
     tokens = work.sequences * work.response // setting.layout.context
+    return tokens * payload_row(setting)
+
+
+def payload_row(setting: Setting) -> int:
+    """Of a loss token."""
     if setting.payload is None:
-        return tokens * (_FP32 * (1 + setting.served_ids) + _INDEX * setting.served_ids)
-    return tokens * setting.payload.bytes_per_position
+        return _FP32 * (1 + setting.served_ids) + _INDEX * setting.served_ids
+    return setting.payload.bytes_per_position
 
 
 def in_flight(setting: Setting, stage: int) -> float:

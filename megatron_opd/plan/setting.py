@@ -46,13 +46,16 @@ class Workload:
     microbatches: int  # of an update
     pack: Pack  # the mean of the microbatches
     fullest: Pack  # a microbatch filled to its budget, which the memory is planned for
+    teacher_pack: Pack  # what the teacher reads of a mean microbatch
+    teacher_fullest: Pack  # and of a full one
 
     @classmethod
     def of(cls, config: Config, layout: ParallelLayout) -> "Workload":
         """Every prompt and response as long as the configuration allows: an upper bound of memory and time.
 
         A sequence enters training without its last token. A microbatch holds as many whole sequences as fit its
-        budget; for the memory it is full, as it is when lengths differ, unless the update has fewer tokens.
+        budget, with the student's prompts and the teacher's; for the memory it is full, as it is when lengths differ,
+        unless the update has fewer tokens.
         """
         rollout, training = config.rollout, config.training
         prompt, response = config.data.max_prompt_tokens, rollout.max_new_tokens
@@ -61,13 +64,24 @@ class Workload:
         responses = rollout.prompts_per_step * rollout.samples_per_prompt
         sequences = -(-responses // layout.data)
         alignment = layout.segment_alignment
-        length = -(-(prompt + response - 1) // alignment) * alignment
+        length, theirs = (
+            -(-(tokens + response - 1) // alignment) * alignment
+            for tokens in (prompt, config.teacher_prompt_tokens)
+        )
         of_update = -(-sequences // training.updates_per_rollout)
-        fitting = max(1, training.microbatch_tokens // length)
+        fitting = max(1, training.microbatch_tokens // max(length, theirs))
         count, multiple = -(-of_update // fitting), layout.microbatch_multiple
         microbatches = -(-count // multiple) * multiple
-        total = of_update * length
-        fullest = min(training.microbatch_tokens, total)
+        loss = of_update * response // microbatches
+
+        def mean(length: int) -> Pack:
+            tokens = of_update * length // microbatches
+            return Pack(tokens, loss, tokens, length)
+
+        def full(length: int) -> Pack:
+            tokens = min(training.microbatch_tokens, of_update * length)
+            return Pack(tokens, -(-tokens * response // length), tokens, length)
+
         return cls(
             prompt=prompt,
             response=response,
@@ -78,10 +92,10 @@ class Workload:
             sequences=sequences,
             updates=training.updates_per_rollout,
             microbatches=microbatches,
-            pack=Pack(
-                total // microbatches, of_update * response // microbatches, total // microbatches, length
-            ),
-            fullest=Pack(fullest, -(-fullest * response // length), fullest, length),
+            pack=mean(length),
+            fullest=full(length),
+            teacher_pack=mean(theirs),
+            teacher_fullest=full(theirs),
         )
 
 
@@ -124,6 +138,10 @@ class Setting:
             padded_vocab=checked.padded_vocab_size,
             kernels=kernels,
         )
+
+    def scored_pack(self, arch: Architecture) -> Pack:
+        """What a model that scores reads of a mean microbatch."""
+        return self.workload.teacher_pack if arch is self.teacher else self.workload.pack
 
     @property
     def payload(self) -> PayloadFormat | None:

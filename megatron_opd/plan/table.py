@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -68,8 +69,7 @@ def as_json(plan: Plan, advice: Sequence[Advice]) -> dict[str, Any]:
             role: {"total": arch.parameter_count(), "active": arch.parameter_count(active=True)}
             for role, arch in _models(plan)
         },
-        "workload": vars(setting.workload)
-        | {"pack": vars(setting.workload.pack), "fullest": vars(setting.workload.fullest)},
+        "workload": asdict(setting.workload),
         "served": {
             "teacher": setting.teacher is None,
             "rollouts": not setting.own_rollouts,

@@ -27,6 +27,7 @@ from megatron_opd.plan.traffic import Traffic
 from megatron_opd.rollout.local import PROMPT_TOKENS
 
 _FP32 = 4
+_AVERAGE = 12.0  # bytes a number: the average is read and written, the weights that it follows are read
 LIMITS = ("arithmetic", "memory reads", "kernel starts", "sending", "idle")
 
 
@@ -130,7 +131,7 @@ class _Clock:
             teacher = [] if setting.teacher is None else [(setting.teacher, 1.0)]
             for arch, share in [*teacher, *scoring_passes(setting)]:
                 layers = stage_layers(arch, self.setting.layout)
-                flops = layers * layer_forward(setting, arch, work.pack)
+                flops = layers * layer_forward(setting, arch, setting.scored_pack(arch))
                 if stage == last and (arch is not setting.teacher or setting.teacher_projects):
                     flops += head_product(setting, arch.hidden_size, work.pack.loss_tokens)
                 passed = self._work(flops, self._held(arch, stage), layers * self._starts(arch, FORWARD))
@@ -171,6 +172,10 @@ class _Clock:
                 numbers = float(sum(p.numel for p in held))
             numbers *= setting.workload.updates
             seconds = self._work(0.0, 30.0 * numbers, 0.0)
+            if setting.config.teacher.ema is not None:
+                average = _AVERAGE * setting.workload.updates * sum(p.numel for p in held)
+                for name, value in self._work(0.0, average, 0.0).items():
+                    seconds[name] += value
             if setting.config.optimizer.cpu_offload:
                 moved = 30.0 + _FP32 + setting.bytes_per_value
                 seconds["memory reads"] = moved * numbers / (1e9 * self.hardware.host_bandwidth)

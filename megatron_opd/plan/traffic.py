@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.plan.activations import Widths
 from megatron_opd.plan.flops import scoring_passes
-from megatron_opd.plan.memory import buckets
+from megatron_opd.plan.memory import buckets, payload_row
 from megatron_opd.plan.parameters import chunks_of_stage, stage_layers, stage_parameters
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
@@ -104,8 +104,9 @@ def _scoring(setting: Setting, stage: int) -> Iterator[Traffic]:
     passes = work.updates * work.microbatches
     teacher = [] if setting.teacher is None else [(setting.teacher, 1.0)]
     for arch, share in [*teacher, *scoring_passes(setting)]:
-        yield from _forward(setting, "scoring", arch, work.pack, stage, share * passes)
-        yield from _gathered_hidden(setting, "scoring", arch, work.pack, stage, share * passes)
+        pack = setting.scored_pack(arch)
+        yield from _forward(setting, "scoring", arch, pack, stage, share * passes)
+        yield from _gathered_hidden(setting, "scoring", arch, pack, stage, share * passes)
         projects = arch is not setting.teacher or setting.teacher_projects
         if projects and stage == setting.layout.pipeline - 1:
             tokens = work.pack.loss_tokens // setting.layout.context
@@ -113,6 +114,8 @@ def _scoring(setting: Setting, stage: int) -> Iterator[Traffic]:
             yield _calls(setting, "scoring", "tp", "all_gather", share * passes, size)
     if setting.teacher is None and stage == setting.layout.pipeline - 1:
         yield from _served(setting, passes)
+    if setting.config.teacher.prompt_template is not None and stage == setting.layout.pipeline - 1:
+        yield from _dealt(setting, passes)
 
 
 def _score_bytes(setting: Setting, arch: Architecture) -> int:
@@ -137,6 +140,17 @@ def _served(setting: Setting, passes: float) -> Iterator[Traffic]:
     said = payload_bytes(setting) * pack.loss_tokens * setting.workload.microbatches
     for group in ("cp", "tp"):
         yield _calls(setting, "scoring", group, "broadcast", setting.workload.updates, said)
+
+
+def _dealt(setting: Setting, passes: float) -> Iterator[Traffic]:
+    """Payloads over CP from the shares of the teacher's sequences to those of the student's: rows [T] of what the
+    teacher read, and the int64 masks of both; before that the student's likeliest ids, in int64, for servers."""
+    ours, theirs = setting.workload.pack.tokens, setting.workload.teacher_pack.tokens
+    ids = setting.served_ids
+    sizes = payload_row(setting) * theirs + _INDEX * (ours + theirs)
+    if setting.names_ids:
+        sizes += _INDEX * (ids * ours + ours + theirs)
+    yield _calls(setting, "scoring", "cp", "all_gather", passes, sizes)
 
 
 def payload_bytes(setting: Setting) -> int:
@@ -264,7 +278,8 @@ def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:
     """Once an update: gradients (float32) summed over the ranks with the same weights, and with the distributed
     optimizer reduce-scattered and the new weights gathered; a tied embedding's over the first and last stage; those of
     norms and routers over TP, where each rank has seen a part of the sequence or of the heads. With experts there are
-    two optimizers, and megatron-core gathers all weights after each."""
+    two optimizers, and megatron-core gathers all weights after each. A teacher that follows the student needs its
+    float32 weights whole."""
     arch, layout, updates = setting.student, setting.layout, setting.workload.updates
     chunks = stage_parameters(arch, layout, setting.padded_vocab, stage)
     distributed = setting.config.optimizer.sharded
@@ -278,6 +293,9 @@ def _updates(setting: Setting, stage: int) -> Iterator[Traffic]:
                 if distributed:
                     value, gathers = setting.bytes_per_value, updates * (2 if arch.moe else 1)
                     yield _calls(setting, "optimizer", group, "all_gather", gathers, value * length)
+                if distributed and setting.config.teacher.ema is not None and setting.bytes_per_value < _FP32:
+                    numbers = sum(parameter.numel for parameter in held)
+                    yield _calls(setting, "optimizer", group, "all_reduce", updates, _FP32 * numbers)
         shared = sum(parameter.numel for parameter in chunk if parameter.shared_embedding)
         yield _calls(setting, "optimizer", "embd", "all_reduce", updates, _FP32 * shared)
     layers = stage_layers(arch, layout)

@@ -237,6 +237,7 @@ def reply_parser(
             version_changes=versions[1:],
             drawn_logprobs=drawn_logprobs,
             kept_ids=kept_ids if sampling.keep_ids else KeptIds.of(),
+            teacher_prompt_ids=prompt.teacher_ids,
         )
 
     return parse

@@ -6,6 +6,7 @@
   ranks of a separate teacher are told.
 - `sglang`: the teacher behind SGLang servers; `score_requests`: what they are asked, and what their replies say;
   `contract`: whether they serve the model that they should.
+- `dealing`: payloads of a teacher with prompts of its own, under context parallelism.
 - `payload`: what a teacher is, and what it hands to the objective; `projection`: how a Megatron teacher's is made of
   hidden states, and read.
 

@@ -20,7 +20,7 @@ from megatron_opd.config.layout_checks import alignment_of_run
 from megatron_opd.config.schema import Config
 from megatron_opd.data.loss_mask import LossMask, build_loss_mask
 from megatron_opd.data.packing import Microbatch, pack
-from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, load_prompts
+from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, TeacherPrompt, load_prompts
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
@@ -36,11 +36,13 @@ from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
 from megatron_opd.rollout.stream import RolloutStream
+from megatron_opd.teacher.dealing import payloads_for_student, rows_for
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import PayloadKind, TeacherPayload
 from megatron_opd.teacher.relaid import RelaidTeacher
 from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.training.average import WeightAverage
 from megatron_opd.training.models import TrainingTeacher, load_models
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.score import likeliest_ids, sampled_logprobs
@@ -73,6 +75,7 @@ class Job:
     student: Student
     teacher: TrainingTeacher
     served: ServedModel | None  # what a teacher behind servers is
+    average: WeightAverage | None  # what the teacher becomes, if it follows the student
     reference: MegatronTeacher | None
     objective: ObjectivePass
     engine: RolloutEngine
@@ -160,7 +163,7 @@ class Job:
         if not isinstance(self.teacher, SGLangTeacher):
             return self._megatron_payloads(self.teacher, update)
         if not section.support.startswith("student_topk"):
-            return self.teacher.score(update.microbatches)
+            return self._for_student(self.teacher.score(update.for_teacher), update)
         student = self.student
         ids = likeliest_ids(
             student.ddps,
@@ -171,7 +174,17 @@ class Job:
             vocab_size=self.texts.vocab_size,
             chunk_size=section.head_chunk,
         )
-        return self.teacher.score(update.microbatches, ids)
+        if self.groups.cp.size() > 1:
+            ids = [
+                None if each is None else rows_for(read.for_teacher, read, [each], self.groups.cp)[0]
+                for each, read in zip(ids, update.microbatches, strict=True)
+            ]
+        return self._for_student(self.teacher.score(update.for_teacher, ids), update)
+
+    def _for_student(
+        self, payloads: Sequence[TeacherPayload | None], update: Update
+    ) -> Sequence[TeacherPayload | None]:
+        return payloads_for_student(payloads, update.microbatches, self.groups.cp)
 
     def _megatron_payloads(
         self,
@@ -180,7 +193,7 @@ class Job:
         kind: PayloadKind | None = None,
     ) -> Sequence[TeacherPayload | None]:
         if isinstance(teacher, MegatronTeacher):
-            return teacher.score(update.microbatches, kind)
+            return self._for_student(teacher.score(update.for_teacher, kind), update)
         return teacher.score(update.whole, kind)
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
@@ -195,12 +208,16 @@ class Job:
             return self._logprobs(self.reference.chunks, self.reference.chunks[-1], update.microbatches)
 
     def apply(self, update: Update, progress: float) -> Outcome:
-        """Move the student by one update; one without loss tokens is skipped on all ranks alike."""
+        """Move the student by one update, and the average after it; one without loss tokens is skipped on all ranks
+        alike."""
         if update.scale.loss_tokens == 0:
             return Outcome({}, 0.0, applied=False)
         self.student.zero_grad()
         sums = self.objective.run(self.student.ddps, update, progress=progress)
-        return Outcome(sums, *self.student.apply_gradients())
+        outcome = Outcome(sums, *self.student.apply_gradients())
+        if outcome.applied and self.average is not None:
+            self.average.follow(self.student)
+        return outcome
 
     def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[str, float, int]:
         """(name, nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare.
@@ -208,6 +225,8 @@ class Job:
         A Megatron teacher is asked for hidden states, whatever its payload is else. Of a teacher behind servers the
         distribution is not known, and `reverse_kl_sampled` is its estimate from the sampled tokens: the mean of
         log p_s(y) - log p_t(y), unbiased where no token was cut from the sampling.
+
+        A teacher with prompts of its own reads them here too, and one that follows the student is as it is now.
         """
         heldout = self.packed(rollouts)
         temperature = self.config.rollout.temperature
@@ -215,7 +234,7 @@ class Job:
         if isinstance(self.teacher, SGLangTeacher):
             name = "reverse_kl_sampled"
             measure = Objective("policy_gradient", temperature=temperature, served_at=1.0)
-            payloads = self.teacher.score(heldout.microbatches, k=0)
+            payloads = self._for_student(self.teacher.score(heldout.for_teacher, k=0), heldout)
         else:
             name, measure = "reverse_kl", Objective(temperature=temperature)
             payloads = self._megatron_payloads(self.teacher, heldout, "hidden_states")
@@ -300,6 +319,9 @@ def set_up(config: Config) -> Job:
         student=student,
         teacher=teacher,
         served=checked.served,
+        average=WeightAverage(teacher.chunks, config.teacher.ema)
+        if config.teacher.ema is not None and isinstance(teacher, MegatronTeacher)
+        else None,
         reference=reference,
         objective=objective,
         engine=engine,
@@ -365,6 +387,9 @@ def read_texts(config: Config, vocab_size: int) -> Texts:
             "use the tokenizer that belongs to the models"
         )
 
+    template = config.teacher.prompt_template
+    teacher = None if template is None else TeacherPrompt(template, config.teacher_prompt_tokens)
+
     def load(path: Path) -> LoadedPrompts:
         return load_prompts(
             path,
@@ -372,6 +397,7 @@ def read_texts(config: Config, vocab_size: int) -> Texts:
             field=config.data.prompt_field,
             max_prompt_tokens=config.data.max_prompt_tokens,
             system_prompt=config.data.system_prompt,
+            teacher=teacher,
         )
 
     training = load(config.data.prompts)

@@ -1,8 +1,9 @@
 """The student as it is trained: model, megatron-core DDP, optimizer, learning-rate schedule."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.models.gpt import DTYPES, GPT
@@ -77,6 +79,21 @@ class Student:
                     use_decoupled_grad=part.config.use_precision_aware_optimizer,
                 )
         return norm, bool(self.optimizer.step_with_ready_grads())
+
+    def main_weights(self) -> Iterator[Tensor]:
+        """Float32 weights that the optimizer updates, of every parameter of `chunks` in order, whole on every rank.
+
+        Collectives: where the optimizer shards them, 1 all-reduce a bf16 parameter over the ranks that share it.
+        """
+        owners = {
+            parameter: part
+            for part in _parts(self.optimizer)
+            for buffer in (part.buffers if part.config.use_distributed_optimizer else ())
+            for parameter in buffer.param_index_map
+        }
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
+                yield _main_weight(parameter, owners.get(parameter))
 
 
 def build_student(
@@ -144,6 +161,22 @@ def _optimizer_settings(config: OptimizerConfig, precision: str) -> MegatronOpti
         overlap_cpu_optimizer_d2h_h2d=config.cpu_offload,
         use_precision_aware_optimizer=config.cpu_offload,  # megatron-core offloads no other
     )
+
+
+def _main_weight(parameter: torch.nn.Parameter, owner: Any) -> Tensor:
+    """Of one parameter; `owner` is the distributed optimizer that shards it, if one does."""
+    if parameter.dtype == torch.float32:
+        return parameter.detach()
+    main = getattr(parameter, "main_param", None)
+    if owner is None:
+        assert main is not None, "bf16 weights have float32 masters"
+        return main.detach()
+    whole = torch.zeros_like(parameter, dtype=torch.float32)
+    if main is not None:  # this rank has a part
+        mine = owner._get_model_param_range_map(parameter)["param"]
+        whole.view(-1)[mine.start : mine.end] = main.detach()
+    dist.all_reduce(whole, group=owner.data_parallel_group)
+    return whole
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -36,7 +36,12 @@ def teaching(job: Job, say: Callable[[str], None]) -> Iterator[None]:
         where: list[tuple[list[str], str | None]] = [(config.urls, os.environ.get("SGLANG_API_KEY"))]
         with alike(dist.group.WORLD):
             if not config.urls and dist.get_rank() == 0:
-                settings = replace(server_settings(job, config), stop_ids=(), key="teacher.sglang")
+                settings = replace(
+                    server_settings(job, config),
+                    longest=longest(job),
+                    stop_ids=(),
+                    key="teacher.sglang",
+                )
                 folder = job.config.run_dir / "servers" / "teacher"
                 servers = Servers(settings, folder, lambda line: say(f"teacher: {line}"))
                 servers.start(job.config.teacher.path, "teacher")
@@ -59,18 +64,20 @@ def teaching(job: Job, say: Callable[[str], None]) -> Iterator[None]:
             servers.stop()
 
 
+def longest(job: Job) -> int:
+    """Tokens of the longest prompt of the teacher with the longest response."""
+    return job.config.teacher_prompt_tokens + job.config.rollout.max_new_tokens
+
+
 def check(job: Job, teacher: SGLangTeacher) -> None:
     """The contract with the servers, and a self-test: every replica has the first prompt scored.
 
     Collective over WORLD. Raises UserError on every rank alike.
     """
-    config = job.config
     assert job.served is not None
     with alike(dist.group.WORLD):
         if teacher.asks:
-            check_contract(
-                teacher.ask_all, job.served, config.data.max_prompt_tokens + config.rollout.max_new_tokens
-            )
+            check_contract(teacher.ask_all, job.served, longest(job))
     ids = job.texts.training.prompts[0].token_ids[: SELF_TEST_TOKENS - 1]
     sample = Rollout("self-test", 0, ids, ids[:1], [0.0], "length", 0)
     job.teacher_payloads(job.packed([sample] * job.layout.data))

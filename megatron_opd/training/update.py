@@ -60,6 +60,11 @@ class Update:
     moved: bool = False  # the student moves after it was scored and before this update
     whole: Sequence[Sequence[Microbatch]] = ()  # the whole microbatches of all data-parallel ranks
 
+    @property
+    def for_teacher(self) -> list[Microbatch]:
+        """What the teacher reads of them."""
+        return [microbatch.for_teacher for microbatch in self.microbatches]
+
     def rows(self) -> list[tuple[Microbatch, Any, Tensor | None, Tensor | None]]:
         """(microbatch, payload, old log-probs, reference log-probs), one a microbatch."""
         nothing = [None] * len(self.microbatches)

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import chain, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,12 @@ def rollout_lists(draw: st.DrawFn) -> list[Rollout]:
         )
         for name, (p, r) in enumerate(shapes)
     ]
+
+
+def tensors(microbatch: Microbatch) -> dict[str, Any]:
+    """All of it; nothing here is for a teacher with prompts of its own."""
+    assert microbatch.teacher is None
+    return {name: value for name, value in vars(microbatch).items() if name != "teacher"}
 
 
 def segments(microbatch: Microbatch) -> list[slice]:
@@ -73,8 +80,8 @@ def expected_positions(rollouts: list[Rollout]) -> Counter:
 
 
 def all_equal(a: list[list[Microbatch]], b: list[list[Microbatch]]) -> bool:
-    flat_a = [tensor for rank in a for m in rank for tensor in vars(m).values()]
-    flat_b = [tensor for rank in b for m in rank for tensor in vars(m).values()]
+    flat_a = [tensor for rank in a for m in rank for tensor in tensors(m).values()]
+    flat_b = [tensor for rank in b for m in rank for tensor in tensors(m).values()]
     return len(flat_a) == len(flat_b) and all(
         x == y if isinstance(x, KeptIds) else torch.equal(x, y) for x, y in zip(flat_a, flat_b, strict=True)
     )
@@ -101,7 +108,7 @@ def test_shapes_budgets_and_alignment(rollouts, layout):
         total = len(m.tokens_T)
         assert 0 < total <= BUDGET
         assert m.cu_seqlens.dtype == torch.int32 and m.cu_seqlens[0] == 0 and m.cu_seqlens[-1] == total
-        assert {len(t) for n, t in vars(m).items() if n != "cu_seqlens"} == {total}
+        assert {len(t) for n, t in tensors(m).items() if n != "cu_seqlens"} == {total}
         for segment in segments(m):
             length = segment.stop - segment.start
             assert length > 0 and length % alignment == 0
@@ -197,7 +204,7 @@ def test_shares_of_context_parallel_ranks_are_the_microbatch(rollouts, ranks):
     for m in pack(rollouts, dp_size=1, token_budget=BUDGET, alignment=2 * ranks)[0]:
         shares = [m.shard(rank, ranks) for rank in range(ranks)]
         order = torch.cat([zigzag_positions(m.cu_seqlens, rank, ranks) for rank in range(ranks)]).argsort()
-        for name, whole in vars(m).items():
+        for name, whole in tensors(m).items():
             parts = [getattr(share, name) for share in shares]
             if name == "cu_seqlens":
                 assert all(torch.equal(part, whole) for part in parts)

@@ -6,6 +6,8 @@ import pytest
 
 from megatron_opd.config.schema import Config
 from megatron_opd.plan.traffic import stage_traffic
+from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.training.average import WeightAverage
 from tests.gloo_pool import GlooPools
 from tests.plan.runs import config, ranks_of, setting_of
 from tools.bench.plan_check import Built, Sizes
@@ -32,6 +34,17 @@ RUNS: dict[str, dict[str, Any]] = {
         "teacher__payload": "topk",
         "objective__support": "teacher_topk",
     },
+    "TP2 PP2, longer prompts of the teacher": {
+        "parallel__tensor": 2,
+        "parallel__pipeline": 2,
+        "teacher__prompt_template": "{prompt} {solution}",
+        "teacher__max_prompt_tokens": 200,
+    },
+    "CP2, longer prompts of the teacher": {
+        "parallel__context": 2,
+        "teacher__prompt_template": "{prompt} {solution}",
+        "teacher__max_prompt_tokens": 200,
+    },
     "DP2, not distributed": {"parallel__data": 2, "optimizer__distributed": False},
 }
 
@@ -48,6 +61,10 @@ def sent(planned: Config) -> tuple[int, dict[str, dict[tuple[str, str], float]]]
     with recorded_traffic() as calls:
         built.update(update)
         built.student.apply_gradients()
+        if planned.teacher.ema is not None:
+            teacher = built.objective.teacher
+            assert isinstance(teacher, MegatronTeacher)
+            WeightAverage(teacher.chunks, planned.teacher.ema).follow(built.student)
     found["training"] = by_group(calls, names)
     sizes = {
         phase: {key: volume.sent_bytes for key, volume in volumes.items() if volume.sent_bytes > SMALL}
@@ -89,6 +106,17 @@ def check(gloo: GlooPools, planned: Config) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_dense(gloo: GlooPools, tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     check(gloo, config(tmp_path_factory.getbasetemp() / "plan", **RUNS[name]))
+
+
+@pytest.mark.parametrize("experts", [0, 8], ids=["dense", "experts"])
+def test_a_teacher_that_follows_the_student(
+    gloo: GlooPools, tmp_path_factory: pytest.TempPathFactory, experts: int
+) -> None:
+    sizes = Sizes(layers=2, hidden=128, vocab=1000, length=128, batch=4, experts=experts)
+    folder = tmp_path_factory.getbasetemp() / "plan"
+    own = config(folder, sizes).student.path
+    changes = {"parallel__data": 2, "teacher__path": own, "teacher__ema": 0.9}
+    check(gloo, config(folder, sizes, **changes))
 
 
 def test_experts(gloo: GlooPools, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -25,6 +25,7 @@ from tests.training.tiny_run import build_run
 LSM = Objective(support="teacher_topk", k=8)
 OPD = Objective("policy_gradient")
 IW_OPD = Objective("policy_gradient", token_weight=TokenWeight("cumulative_share", gamma=0.5))
+PRIVILEGED = "'{prompt} be brief {prompt}'"
 NAMES = {LSM: "lsm", OPD: "opd", IW_OPD: "iw-opd"}
 
 
@@ -110,7 +111,7 @@ def steps(folder: Path, run_dir: Path, url: str | None, **changes: Any) -> list[
             with mock.patch.object(scoring, "score_body", wraps=scoring.score_body) as asked:
                 rows.append(evaluate(job, 2))
             assert {call.args[1:] for call in asked.call_args_list} <= {(0, None)}, "sampled tokens only"
-            assert asked.called == (url is not None)
+            assert asked.called == (isinstance(job.teacher, SGLangTeacher) and job.teacher.asks)
     return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
 
 
@@ -135,13 +136,20 @@ def test_at_no_distance_on_the_students_own_likeliest_ids(
         {"objective__preset": "aopd", "training__updates_per_rollout": 2, "teacher__request_tokens": 3},
         {"objective__support": "student_topk_sampled", "objective__remainder": "bucket", "objective__k": 6},
         {"objective__preset": "lsm", "rollout__temperature": 0.7, "evaluation__prompts": "null"},
+        {"objective__preset": "iw-opd", "teacher__prompt_template": PRIVILEGED},
+        {
+            "objective__support": "student_topk_sampled",
+            "objective__remainder": "bucket",
+            "objective__k": 6,
+            "teacher__prompt_template": PRIVILEGED,
+        },
     ],
-    ids=["iw-opd", "aopd", "student_topk", "temperature"],
+    ids=["iw-opd", "aopd", "student_topk", "temperature", "own prompts", "student_topk, own prompts"],
 )
 def test_a_job_takes_the_same_steps(
     gloo: GlooPools, sglang: SGLangServer, folder: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    plain = {key: value for key, value in changes.items() if not key.startswith("teacher")}
+    plain = {key: value for key, value in changes.items() if key != "teacher__request_tokens"}
     expected = gloo(1, steps, folder, tmp_path / "megatron", None, **plain)[0]
     found = gloo(1, steps, folder, tmp_path / "sglang", sglang.url, **changes)[0]
     for row, want in zip(found, expected, strict=True):
@@ -151,4 +159,23 @@ def test_a_job_takes_the_same_steps(
         estimates = {name for name in row if name.endswith("reverse_kl_sampled")}
         assert set(row) - estimates == set(want) - unknown
         for name in set(row) - estimates:
+            assert row[name] == pytest.approx(want[name], rel=1e-3, abs=1e-4), name
+
+
+def test_a_job_whose_sequences_two_processes_share_takes_the_same_steps(
+    gloo: GlooPools, sglang: SGLangServer, folder: Path, tmp_path: Path
+) -> None:
+    """The student's likeliest ids go to the shares of the teacher's sequences, and what is said of them comes back."""
+    support = {
+        "objective__support": "student_topk_sampled",
+        "objective__remainder": "bucket",
+        "objective__k": 6,
+    }
+    changes: dict[str, Any] = {**support, "teacher__prompt_template": PRIVILEGED}
+    expected = gloo(1, steps, folder, tmp_path / "megatron", None, **changes)[0]
+    found = gloo(2, steps, folder, tmp_path / "sglang", sglang.url, parallel__context=2, **changes)[0]
+    for row, want in zip(found, expected, strict=True):
+        common = set(row) & set(want)
+        assert {"abs_log_gap", "teacher_mass", "grad_norm"} <= common or "eval/response_tokens" in common
+        for name in common:
             assert row[name] == pytest.approx(want[name], rel=1e-3, abs=1e-4), name

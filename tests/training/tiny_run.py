@@ -19,6 +19,7 @@ from megatron_opd.models.gpt import GPT, build_gpt
 from megatron_opd.objectives import Objective, TokenWeight
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
+from megatron_opd.teacher.dealing import payloads_for_student
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
@@ -67,7 +68,8 @@ class TinyRun:
         microbatches = [each.shard(cp.rank(), cp.size()) for each in packed[self.groups.dp.rank()]]
         scale = UpdateScale.of(packed)
         self.student.zero_grad()
-        update = Update(microbatches, scale, self.objective.teacher.score(microbatches))
+        payloads = self.objective.teacher.score([each.for_teacher for each in microbatches])
+        update = Update(microbatches, scale, payloads_for_student(payloads, microbatches, cp))
         return self.objective.run(self.student.ddps, update)
 
     def train(self, steps: range) -> list[dict[str, float]]:

@@ -12,7 +12,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import build_groups
 from megatron_opd.plan.memory import StageMemory, stage_memory
 from megatron_opd.plan.setting import Setting
+from megatron_opd.teacher.dealing import payloads_for_student
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import tensors_of
 from megatron_opd.training.student import Student, build_student
@@ -176,7 +177,9 @@ class Built:
 
     def scored(self) -> Update:
         """The update with its payload."""
-        return Update(self.microbatches, self.scale, self.objective.teacher.score(self.microbatches))
+        payloads = self.objective.teacher.score([each.for_teacher for each in self.microbatches])
+        cp = self.objective.groups.cp
+        return Update(self.microbatches, self.scale, payloads_for_student(payloads, self.microbatches, cp))
 
     def update(self, update: Update) -> None:
         """Forward and backward passes of an update."""
@@ -192,9 +195,12 @@ def _sequences(setting: Setting, vocab: int) -> list[Rollout]:
 
     count = work.sequences * setting.layout.data
     logprobs = [-1.0] * work.response
-    return [
+    plain = [
         Rollout(str(i), 0, ids(work.prompt), ids(work.response), logprobs, "length", 0) for i in range(count)
     ]
+    if setting.config.teacher.prompt_template is None:
+        return plain
+    return [replace(each, teacher_prompt_ids=ids(setting.config.teacher_prompt_tokens)) for each in plain]
 
 
 def measure(config: Config) -> Measured:
