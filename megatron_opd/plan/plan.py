@@ -85,7 +85,7 @@ class Plan:
         """Of a teacher on ranks of its own in a step, while the student scores or trains."""
         if not self.setting.separate or self.teacher_span is None:
             return 0.0
-        return max(0.0, self.teacher_span.total - self.spans["waiting for teacher"].total)
+        return max(0.0, self.teacher_span.total - self.spans["waiting"].total)
 
     @property
     def _teacher_stages(self) -> range:

@@ -81,7 +81,7 @@ def step_spans(
         both = {name: scoring.seconds[name] + teacher.seconds[name] for name in LIMITS}
         return {**spans, "scoring": Span(both)}
     idle = waited(setting, teacher, scoring.total, training.total)
-    return {**spans, "waiting for teacher": Span({**dict.fromkeys(LIMITS, 0.0), "idle": idle})}
+    return {**spans, "waiting": Span({**dict.fromkeys(LIMITS, 0.0), "idle": idle})}
 
 
 def teacher_span(setting: Setting, hardware: Hardware, traffic: Sequence[Sequence[Traffic]]) -> Span:
