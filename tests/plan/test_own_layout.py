@@ -164,7 +164,10 @@ def test_where_the_teacher_is(tmp_path: Path) -> None:
 
 def separate(folder: Path, data: int, **more: Any) -> Plan:
     """With a teacher of as many replicas on ranks of its own, and many microbatches."""
-    own = {"teacher__parallel": {"separate": True, "data": data}, "training__microbatch_tokens": 256}
+    own: dict[str, Any] = {
+        "teacher__parallel": {"separate": True, "data": data},
+        "training__microbatch_tokens": 256,
+    }
     planned = config(folder, rollout__prompts_per_step=64, **own, **more)
     return Plan.of(planned, ranks_of(planned), load_hardware("h100-80gb"))
 
