@@ -1,10 +1,11 @@
 # make quickstart   distil a small model from start to finish on this machine
+# make cross-scale  the same with the teacher on a process of its own
 # make sglang-cpu   the same with rollouts and teacher behind SGLang servers (no NVIDIA GPU)
 # make test         lint, format, types and tests
 # make .venv-sglang/.installed
 #                   SGLang on a Linux machine without an NVIDIA GPU (tools/sglang_cpu/README.md)
 #
-# The first three make the environments they need first. Variables:
+# The first four make the environments they need first. Variables:
 #   PYTHON       the Python (3.11 or 3.12) that they are made with
 #   MEGATRON_OPD_SGLANG  the interpreter of an environment that has SGLang, for the tests; where it is set, or where there
 #                is an NVIDIA GPU, `make test` makes none of its own
@@ -25,13 +26,16 @@ SGLANG_PIP := $(SGLANG)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart sglang-cpu test test-full lint format clean
+.PHONY: help quickstart cross-scale sglang-cpu test test-full lint format clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m tools.quickstart
+
+cross-scale: $(VENV)/.installed-quickstart
+	$(BIN)/python -m tools.quickstart examples/cross_scale/config.yaml
 
 sglang-cpu: $(VENV)/.installed-quickstart $(SGLANG)/.installed
 	$(BIN)/python -m tools.quickstart examples/sglang-cpu/config.yaml

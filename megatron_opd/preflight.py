@@ -11,6 +11,7 @@ import torch
 
 from megatron_opd.config.checks import check_layout
 from megatron_opd.config.layout_checks import check_teacher_layout
+from megatron_opd.config.rollout import SGLangConfig
 from megatron_opd.config.schema import Config, ParallelConfig, TeacherConfig, TeacherParallelConfig
 from megatron_opd.config.section import Section
 from megatron_opd.errors import UserError
@@ -77,7 +78,9 @@ def check_before_start(config: Config, world_size: int) -> Checked:
             raise UserError(
                 f"{section}.sglang.python: {python} is no program: name the interpreter, .../bin/python"
             )
-    check_server_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    if os.environ.get("RANK", "0") == "0":  # whose machine the servers are started on
+        told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE")
+        check_server_gpus(config, int(told or min(world_size, max(1, torch.cuda.device_count()))))
     teacher = config.teacher
     if teacher.sglang.python is not None and not any(teacher.path.glob("*.safetensors")):
         raise UserError(
@@ -198,8 +201,8 @@ def check_server_gpus(config: Config, training: int) -> None:
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     sections = {"rollout.sglang": config.rollout.sglang, "teacher.sglang": config.teacher.sglang}
-    users = {"the training processes": set(range(training))}
-    users |= {section: set(served.gpus) for section, served in sections.items()}
+    used = {section: _gpus_used(served, count) for section, served in sections.items()}
+    users = {"the training processes": set(range(training)), **used}
     for section, served in sections.items():
         missing = [gpu for gpu in served.gpus if gpu >= count]
         if missing:
@@ -207,14 +210,21 @@ def check_server_gpus(config: Config, training: int) -> None:
             raise UserError(f"{section}.gpus: {missing[0]} is not there, this machine {there}: remove it")
         told = any(word.partition("=")[0] == MEMORY_SHARE for word in served.arguments)
         for user, theirs in users.items():
-            shared = theirs & set(served.gpus)
+            shared = theirs & used[section]
             if user != section and shared and not told:
                 raise UserError(
                     f"{section}.gpus: GPU {min(shared)} is used by {user} too: name another, or add {MEMORY_SHARE} "
                     f"with the part of its memory that a server takes to {section}.arguments"
                 )
-    if config.rollout.weight_sync == "distributed" and 0 in config.rollout.sglang.gpus:
+    if config.rollout.weight_sync == "distributed" and 0 in used["rollout.sglang"]:
         raise UserError(
             "rollout.sglang.gpus: weight_sync distributed needs other GPUs than 0, which sends them: name others, "
             "or set rollout.weight_sync to tensor"
         )
+
+
+def _gpus_used(served: SGLangConfig, count: int) -> set[int]:
+    """The GPUs of servers that the run starts, of `count`: SGLang by itself takes the first."""
+    if served.gpus or not count or served.python is None:
+        return set(served.gpus)
+    return set() if any(word.startswith("--base-gpu-id") for word in served.arguments) else {0}

@@ -104,6 +104,7 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "rollout_seconds": taken - began,
         "teacher_seconds": scored - taken,
         "train_seconds": trained - scored,
+        **(job.teacher.waits() if isinstance(job.teacher, SeparateTeacher) else {}),
     }, rollouts
 
 

@@ -44,10 +44,12 @@ def run_forked(
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         process = forking().Process(target=_run, args=(program, words, files))
         process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        try:
+            process.join(timeout)
+            if process.exitcode is None:
+                raise TimeoutError(f"{words} did not end in {timeout:g} s")
+        finally:
             process.kill()
-            raise TimeoutError(f"{words} did not end in {timeout:g} s")
         return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))
 
 

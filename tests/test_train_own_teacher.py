@@ -1,5 +1,6 @@
 """Whole runs with a teacher in a layout of its own, as a user starts them: the metrics are those of one process."""
 
+import json
 import os
 import subprocess
 import time
@@ -86,6 +87,8 @@ def test_a_separate_teacher_killed_in_a_step_and_started_again(
     assert "resuming at step" in again.stdout
     assert "PP2·CP1·DP1 on processes 1 to 2" in again.stdout and "WARNING" not in again.stderr
     assert_same(metrics(run_dir), one_process)
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["teacher_wait_seconds"] >= 0 for row in steps if row["step"] > 0)
     finished = run("launch", "local", config)
     assert finished.returncode == 0 and "finished already" in finished.stdout, finished.stderr
 

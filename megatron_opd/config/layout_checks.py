@@ -55,7 +55,9 @@ def data_parallel_size(
             f"{key}: {product} * {key}.data is {replica * parallel.data}, but {run}: start "
             f"{replica * parallel.data + others} processes, or leave {key}.data null"
         )
-    if ours < 1 or ours % replica:
+    if ours < 1:
+        raise UserError(f"{key}: {run}, which leaves none for the student: start {replica + others} or more")
+    if ours % replica:
         more = f" and {others}" if others else ""
         raise UserError(
             f"{key}: {product} is {replica}, which does not divide the {ours} processes that run: start a multiple of "
@@ -90,6 +92,10 @@ def check_teacher_layout(
     own, key = config.teacher.parallel, "teacher.parallel"
     if own is None or teacher is None:
         return None
+    if own.separate and config.teacher.offload:
+        raise UserError(
+            "teacher.offload: processes of the teacher alone do nothing else meanwhile: set it to false"
+        )
     data = own.data or 1
     if not own.separate:
         data = data_parallel_size(own, world_size, key=key)

@@ -7,6 +7,7 @@ over the same ranks in a second grid, ep, (rest of tp, cp and dp), pp: neighbour
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,6 +15,9 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.config.layout_checks import segment_alignment
+
+TIMEOUT = timedelta(minutes=30)
+"""Of a collective. A new NCCL group would have 10 minutes, whatever the default group has."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _subgroup(rank_lists: list[list[int]]) -> dist.ProcessGroup | None:
     """One new group for each list; returns the one this rank is in, None if it is in none. Collective on WORLD."""
     mine = None
     for ranks in rank_lists:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=TIMEOUT)
         if dist.get_rank() in ranks:
             mine = group
     return mine
@@ -113,8 +117,8 @@ def build_groups(layout: ParallelLayout, rank_offset: int = 0) -> ProcessGroupCo
         rank_offset=rank_offset,
     )
     groups = ProcessGroupCollection(
-        **{name: grid.create_pg(dims) for name, dims in _GROUPS.items()},
-        **{name: experts.create_pg(dims) for name, dims in _EXPERT_GROUPS.items()},
+        **{name: grid.create_pg(dims, timeout=TIMEOUT) for name, dims in _GROUPS.items()},
+        **{name: experts.create_pg(dims, timeout=TIMEOUT) for name, dims in _EXPERT_GROUPS.items()},
     )
     pipelines = grid.get_rank_enum("pp")
     groups.embd = _subgroup([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])

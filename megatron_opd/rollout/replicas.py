@@ -42,11 +42,12 @@ class WeightsLost(UserError):
 class Interrupted(Exception):
     """An answer that was cut off; `request` asks for the whole result from a server with weights `version`.
 
-    `further`: the answer brought something, and `request` asks for less than the one before.
+    `further`: the answer brought something, and `request` asks for less than the one before. The message is what the
+    server says of it.
     """
 
-    def __init__(self, request: Request[Any], version: str, *, further: bool) -> None:
-        super().__init__("interrupted")
+    def __init__(self, request: Request[Any], version: str, why: str, *, further: bool) -> None:
+        super().__init__(why)
         self.request, self.version, self.further = request, version, further
 
 
@@ -236,8 +237,9 @@ class Replicas:
         failures = 0
         pauses = self._pauses
         stalls: list[float] = []  # when answers came, in a row, that a stranger has left nothing of
+        trouble = ""
         while failures < ATTEMPTS:
-            await self._stand_back(stalls)
+            await self._stand_back(stalls, trouble)
             replica = await self._least_loaded(but_not=failed)
             replica.in_flight += 1
             try:
@@ -247,6 +249,7 @@ class Replicas:
                 return result
             except Interrupted as interrupted:
                 body, parse = interrupted.request
+                trouble = str(interrupted)
                 wanted = replace(wanted, version=interrupted.version)
                 self._working = time.monotonic()
                 # Another rank's pause may be felt here before this one's own begins.
@@ -265,12 +268,13 @@ class Replicas:
             f"{self._key}: {ATTEMPTS} attempts of one request failed, the last at {failed.url}: {trouble}"
         )
 
-    async def _stand_back(self, stalls: Sequence[float]) -> None:
+    async def _stand_back(self, stalls: Sequence[float], trouble: str) -> None:
         """Rest after answers that came to nothing at these times, longer with each; at last they are an error."""
         if len(stalls) > ATTEMPTS and stalls[-1] - stalls[0] > self._outage_timeout:
             raise UserError(
                 f"{self._key}: a request has been aborted whenever it was sent for {self._outage_timeout:g} s, and not "
-                "by this run: find out who sends /abort_request to its servers, then resume"
+                f"by this run (the server says: {trouble}): see its log, and who else sends it /abort_request, then "
+                "resume"
             )
         if stalls:
             await asyncio.sleep(rest_after(len(stalls)))

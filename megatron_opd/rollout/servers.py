@@ -87,7 +87,13 @@ class Servers:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._weights = (model.absolute(), version)
         logs = [self._folder / f"server-{index}.log" for index in range(self._settings.count)]
-        self._servers = [_Server(*hold_port(self._settings.host), log) for log in logs]
+        try:
+            self._servers = [_Server(*hold_port(self._settings.host), log) for log in logs]
+        except OSError as error:
+            raise UserError(
+                f"{self._settings.key}.host: cannot listen at {self._settings.host} ({error.strerror}): name an "
+                "address of this machine"
+            ) from None
         atexit.register(self.stop)
         began = time.monotonic()
         try:

@@ -184,7 +184,8 @@ def response_request(
             later=later,
             begun=whole if whole.response_ids else None,
         )
-        raise Interrupted(rest, str(newest), further=bool(rollout.response_ids))
+        why = reply["meta_info"]["finish_reason"].get("message") or "nothing"
+        raise Interrupted(rest, str(newest), why, further=bool(rollout.response_ids))
 
     return request_body(told, sample, left, vocab_size), parse
 

@@ -34,7 +34,7 @@ class MegatronTeacher:
 
     It hands over payloads of `form` (None: hidden states); where their making takes logits, those of `head_chunk`
     positions exist at once (None: of a microbatch's). With `offload` its weights are in host memory but inside
-    `resident()`, all except the LM head: the objective projects with it while the student trains.
+    `resident()`, all except the LM head if it `lends_head`: the objective projects with it while the student trains.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class MegatronTeacher:
         form: PayloadFormat | None = None,
         head_chunk: int | None = None,
         offload: bool = False,
+        lends_head: bool = True,
     ) -> None:
         self.chunks = [chunk.eval().requires_grad_(False) for chunk in chunks]
         self.groups = groups
@@ -55,7 +56,7 @@ class MegatronTeacher:
         self._head_chunk = head_chunk
         self._offloaded: HostWeights | None = None
         if offload:
-            head = chunks[-1].head_weight if chunks[-1].post_process else None
+            head = chunks[-1].head_weight if lends_head and chunks[-1].post_process else None
             weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
             moved = [weight for weight in weights if weight is not head]
             self._offloaded = HostWeights(moved, weights[0].device)

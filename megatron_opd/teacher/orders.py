@@ -69,11 +69,14 @@ class Orders:
             self._finish_oldest()
 
     def take(self) -> Order:
-        """The next order, however long it takes to come."""
+        """The next order. SystemExit when the one who gives them has ended: it is there that is said why."""
         size = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(size, group=self._group, group_src=0)
-        content = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(content, group=self._group, group_src=0)
+        try:
+            dist.broadcast(size, group=self._group, group_src=0)
+            content = torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(content, group=self._group, group_src=0)
+        except RuntimeError:
+            raise SystemExit(1) from None
         order: Order = pickle.loads(content.numpy().tobytes())
         return order
 

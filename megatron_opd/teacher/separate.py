@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
+from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.orders import Orders, Save, Score, Stop
 from megatron_opd.teacher.payload import Awaited, PayloadKind, TeacherPayload
@@ -39,6 +40,7 @@ class SeparateTeacher:
         `packed` are the whole microbatches of all of the student's data-parallel ranks, each of which calls it. The
         payloads are read, by `distribution`, in the order in which they were asked for, and each once.
         """
+        self._inbox.waited = 0.0
         if self._orders is not None:
             self._orders.give(Score.of(packed, kind))
         if not self._reader.last_stage:
@@ -56,6 +58,18 @@ class SeparateTeacher:
         """What the objective reads of a payload, once it has arrived, see `Reader.distribution`."""
         assert isinstance(payload, Awaited)
         return self._reader.distribution(payload.wait(), chunked=chunked)
+
+    def waits(self) -> dict[str, float]:
+        """Metric: seconds of waiting for the payloads last asked for, on the student's rank that has waited longest.
+
+        Every rank of the student calls it, after it has read them: 1 all-reduce. Nothing on a GPU, see `Inbox.waited`.
+        """
+        if self._reader.device.type == "cuda":
+            return {}
+        waited = torch.tensor(self._inbox.waited, dtype=torch.float64)
+        self._inbox.waited = 0.0
+        dist.all_reduce(waited, dist.ReduceOp.MAX, group=all_ranks(self._reader.groups))
+        return {"teacher_wait_seconds": waited.item()}
 
     def call_to_save(self, step: int) -> None:
         """Have the teacher's ranks take part in saving `step`. Every student rank calls it, before it saves."""

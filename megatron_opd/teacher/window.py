@@ -15,6 +15,7 @@ they too have used index i: the student's replicas run the same microbatches in 
 without waiting for the teacher (`orders`).
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,13 +68,17 @@ class _Expected:
 
 
 class Inbox:
-    """Receives this rank's payloads in the order in which they are expected, with room for `window` at a time."""
+    """Receives this rank's payloads in the order in which they are expected, with room for `window` at a time.
+
+    `waited`: seconds for which the process has waited for them. On a GPU it is a stream that waits, which is not seen.
+    """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, window: int = WINDOW) -> None:
         self._group, self._device, self._window = group, device, window
         self._tickets = 0
         self._expected: deque[_Expected] = deque()
         self._arriving: deque[tuple[int, Arrival, list[Any]]] = deque()
+        self.waited = 0.0
 
     def expect(self, routes: Sequence[Route], rows: int, form: PayloadFormat) -> Awaited:
         """A payload of `rows` rows, brought by `routes`, that comes after all those expected before.
@@ -89,8 +94,10 @@ class Inbox:
     def _take(self, ticket: int) -> TeacherPayload:
         oldest, arrival, handles = self._arriving.popleft()
         assert oldest == ticket, "payloads are used in the order in which they were expected"
+        began = time.perf_counter()
         for handle in handles:
             handle.wait()
+        self.waited += time.perf_counter() - began
         self._make_room()
         return arrival.payload()
 

@@ -6,7 +6,6 @@ Configuration and files are checked first, then process groups are made, then we
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from megatron_opd.models.attention import uses_transformer_engine
 from megatron_opd.models.gpt import DTYPES, GPT
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
-from megatron_opd.parallel.groups import ParallelLayout, build_groups
+from megatron_opd.parallel.groups import TIMEOUT, ParallelLayout, build_groups
 from megatron_opd.preflight import Checked, check_before_start, check_offload
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
@@ -247,12 +246,11 @@ def init_distributed() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        timeout = timedelta(minutes=30)
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=TIMEOUT)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     return device
 
 

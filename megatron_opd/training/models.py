@@ -76,13 +76,23 @@ def load_gpt(
 
 
 def megatron_teacher(
-    config: Config, checked: Checked, chunks: list[GPT], groups: ProcessGroupCollection
+    config: Config,
+    checked: Checked,
+    chunks: list[GPT],
+    groups: ProcessGroupCollection,
+    *,
+    lends_head: bool = True,
 ) -> MegatronTeacher:
     """The teacher of these chunks, with the payload that the run asks for."""
     assert checked.teacher is not None
     form = payload_format(config, checked.teacher, checked.vocab_size)
     return MegatronTeacher(
-        chunks, groups, form=form, head_chunk=config.objective.head_chunk, offload=config.teacher.offload
+        chunks,
+        groups,
+        form=form,
+        head_chunk=config.objective.head_chunk,
+        offload=config.teacher.offload,
+        lends_head=lends_head,
     )
 
 
@@ -113,7 +123,7 @@ def relaid_model(config: Config, checked: Checked, relay: Relay, device: torch.d
     assert arch is not None
     padded = arch.padded_vocab_size(layout.tensor)
     chunks = load_gpt(arch, config.teacher.path, layout, relay.groups, config.precision, padded, device)
-    return megatron_teacher(config, checked, chunks, relay.groups)
+    return megatron_teacher(config, checked, chunks, relay.groups, lends_head=False)
 
 
 def reader(config: Config, checked: Checked, groups: ProcessGroupCollection, device: torch.device) -> Reader:

@@ -7,14 +7,12 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.config.schema import ParallelConfig
-from megatron_opd.parallel.groups import ParallelLayout, build_groups
+from megatron_opd.parallel.groups import TIMEOUT, ParallelLayout, build_groups
 from megatron_opd.preflight import Checked
 from megatron_opd.teacher.orders import Orders
 from megatron_opd.teacher.transport import Layouts
 
-IDLE = timedelta(
-    days=30
-)  # that the next order may take to come; a process that dies breaks its connections at once
+IDLE = timedelta(hours=12)  # until the next order at most; a process that dies breaks its connections at once
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Relay:
         student, teacher = layout_of(checked.parallel), layout_of(own)
         layouts = Layouts(student, teacher, first=student.world_size if own.separate else 0)
         groups = build_groups(teacher, layouts.first)
-        messages = dist.new_group(range(dist.get_world_size()))
+        messages = dist.new_group(range(dist.get_world_size()), timeout=TIMEOUT)
         dist.barrier(messages)  # NCCL wants all ranks in a group's first call
         orders = None
         if own.separate:
