@@ -107,11 +107,11 @@ def _rank_memory(setting: Setting, stage: int | None, theirs: int | None) -> Sta
 
 
 def frozen_bytes(setting: Setting, arch: Architecture, stage: int) -> tuple[int, int]:
-    """Weights of a model that is only run forward: (the LM head, which is never offloaded, all others)."""
+    """Weights of a model that is only run forward: (the LM head if it is never offloaded, all others)."""
     chunks = stage_parameters(arch, setting.layout, setting.padded_vocab, stage)
     total = setting.bytes_per_value * sum(p.numel for chunk in chunks for p in chunk)
-    last = stage == setting.layout.pipeline - 1
-    head = setting.bytes_per_value * setting.vocab_shard * arch.hidden_size if last else 0
+    kept = stage == setting.last_stage and setting.lends_head
+    head = setting.bytes_per_value * setting.vocab_shard * arch.hidden_size if kept else 0
     return head, total - head
 
 

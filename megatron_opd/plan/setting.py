@@ -103,6 +103,7 @@ class Setting:
     kernels: Kernels
     processes: int  # of the whole run
     own_layout: ParallelLayout | None  # of the teacher; None: the student's
+    lends_head: bool = True  # an offloaded model keeps its LM head on the device, for the objective
 
     @classmethod
     def of(cls, config: Config, processes: int, kernels: Kernels) -> "Setting":
@@ -151,7 +152,13 @@ class Setting:
             )
             work = replace(work, microbatches=-(-count // multiple) * multiple)
         return replace(
-            self, layout=layout, own_layout=None, reference=None, padded_vocab=padded, workload=work
+            self,
+            layout=layout,
+            own_layout=None,
+            lends_head=self.own_layout is None,
+            reference=None,
+            padded_vocab=padded,
+            workload=work,
         )
 
     @cached_property

@@ -58,7 +58,12 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     ({}, {"data": 2, "tensor": 2}, 2, r"teacher\.parallel: .* is 4, but 2 processes run: start 4"),
     ({"data": 2}, {"separate": True}, 2, r"parallel: .* is 2, but 2 processes run, 1 of them .*: start 3"),
     ({"tensor": 2}, {"separate": True}, 4, r"parallel: .* is 2, which does not divide the 3 processes"),
-    ({}, {"separate": True, "tensor": 2}, 2, r"parallel: 2 processes run, 2 of them .* leaves none for the student: start 3"),
+    (
+        {},
+        {"separate": True, "tensor": 2},
+        2,
+        r"parallel: 2 processes run, 2 of them .* leaves none for the student: start 3",
+    ),
     ({}, {"expert": 2}, 2, r"teacher\.parallel\.expert: 2 processes have no experts"),
     (
         {},

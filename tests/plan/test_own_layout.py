@@ -162,6 +162,19 @@ def test_where_the_teacher_is(tmp_path: Path) -> None:
     assert {"teacher weights", "teacher head", "student weights"} <= set(here.always)
 
 
+def test_an_offloaded_teacher_leaves_with_its_head(tmp_path: Path) -> None:
+    """In another layout: the objective projects with the student's copy of the head, which stays."""
+    kept, gone = (
+        Plan.of(relaid(tmp_path, "CP2, TP2 SP", **more), 2, load_hardware("h100-80gb"))
+        for more in ({}, {"teacher__offload": True})
+    )
+    before, after = kept.memory[0].always, gone.memory[0].always
+    lent = gone.memory[0].phases["scoring"]["offloaded teacher weights"]
+    assert after["teacher weights"] == 0 and lent == before["teacher weights"]
+    assert after["teacher head"] == before["teacher head"] > 0
+    assert gone.spans["scoring"].total > kept.spans["scoring"].total
+
+
 def separate(folder: Path, data: int, **more: Any) -> Plan:
     """With a teacher of as many replicas on ranks of its own, and many microbatches."""
     own: dict[str, Any] = {
