@@ -86,7 +86,10 @@ SERVED = {
         ({"teacher__ema": 1.0}, r"teacher\.ema"),
         ({"teacher__ema": 0.9, "teacher__path": "wide"}, r"teacher\.ema: .* its hidden_size is 96, not 64"),
         ({"teacher__ema": 0.9, **SERVED}, r"teacher\.ema: servers keep the weights"),
-        ({"teacher__ema": 0.9, "teacher__parallel": {"separate": True}}, r"teacher\.ema: .*teacher\.parallel null"),
+        (
+            {"teacher__ema": 0.9, "teacher__parallel": {"separate": True}},
+            r"teacher\.ema: .*teacher\.parallel null",
+        ),
         ({"teacher__ema": 0.9, "teacher__offload": True}, r"teacher\.ema: .*teacher\.offload to false"),
         ({"teacher__ema": 0.9, "optimizer__cpu_offload": True}, r"teacher\.ema: .*optimizer\.cpu_offload"),
     ],
