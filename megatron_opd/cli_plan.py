@@ -12,7 +12,7 @@ Overrides = Annotated[
 ]
 Processes = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes. Default: what `parallel` in CONFIG asks for.", show_default=False),
+    typer.Option(min=1, help="Processes. Default: what the layouts in CONFIG ask for.", show_default=False),
 ]
 HardwareName = Annotated[
     str, typer.Option("--hardware", help="Name of a device that comes with the package, or a YAML file.")

@@ -88,7 +88,17 @@ def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.C
     assert said in error[-1] and error[-1].startswith("error: ")
 
 
-def test_a_teacher_in_a_layout_of_its_own_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    own = ["parallel.expert=1", "teacher.parallel.separate=true"]
-    assert run("examples/plans/qwen3-30b-a3b-to-4b.yaml", *own) == 2
-    assert "error: teacher.parallel: what a teacher in a layout of its own takes" in capsys.readouterr().err
+def test_the_ranks_of_a_teacher_in_a_layout_of_its_own_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["parallel.expert=1", "teacher.parallel.separate=true", "teacher.parallel.data=8"]
+    path = "examples/plans/qwen3-30b-a3b-to-4b.yaml"
+    assert run(path, *own, "teacher.parallel.expert=8") == 0
+    told = capsys.readouterr().out
+    assert "teacher    TP1·PP1·CP1·DP8·EP8 on processes 32 to 39" in told
+    assert "4096 bytes a response token to each of 4 ranks" in told and "│ waiting " in told
+    assert "Memory of the fullest rank (teacher's stage 0, in scoring)" in told and "teacher 0" in told
+    assert run(path, *own, "teacher.parallel.expert=8", "--json") == 0
+    theirs = json.loads(capsys.readouterr().out)["own_teacher"]
+    assert theirs["first_rank"] == 32 and theirs["layout"]["processes"] == 8
+    assert set(theirs["payload"]["sent"]) == {str(rank) for rank in range(32, 40)}
+    assert run(path, "parallel.expert=1", "teacher.parallel.separate=true", "teacher.parallel.tensor=3") == 2
+    assert "error: teacher.parallel.tensor: 3 does not divide" in capsys.readouterr().err

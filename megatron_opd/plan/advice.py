@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_opd.config.schema import Config
+from megatron_opd.config.layout_checks import alignment_of_run
+from megatron_opd.config.schema import Config, ParallelConfig
 from megatron_opd.errors import UserError
+from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.plan.plan import Plan
 
 _ROUNDS = 6  # changes that are combined at most until a run fits
@@ -71,7 +73,7 @@ def _planned(plan: Plan) -> Iterator[tuple[Changes, Plan]]:
     for changes in _changes(plan):
         try:
             config = changed(plan.setting.config, changes)
-            yield changes, Plan.of(config, plan.setting.layout.world_size, plan.hardware)
+            yield changes, Plan.of(config, plan.setting.processes, plan.hardware)
         except UserError:
             continue  # heads, layers or experts that do not divide, and the like
 
@@ -101,7 +103,7 @@ def _changes(plan: Plan) -> Iterator[Changes]:
     for batch in (work.decoded_together // 2, min(2 * work.decoded_together, work.generated)):
         if setting.own_rollouts and 0 < batch != work.decoded_together:
             yield {"rollout.max_batch": batch}
-    budget, segment = config.training.microbatch_tokens, layout.segment_alignment
+    budget, segment = config.training.microbatch_tokens, alignment_of_run(config)
     least = -(-(work.prompt + work.response) // segment) * segment
     for tokens in sorted({least, 2 * budget, max(least, budget // 2 // segment * segment)} - {budget}):
         yield {"training.microbatch_tokens": tokens}
@@ -111,18 +113,19 @@ def _changes(plan: Plan) -> Iterator[Changes]:
         yield {"teacher.offload": True}
     if not config.optimizer.cpu_offload and config.optimizer.name == "adam":
         yield {"optimizer.cpu_offload": True}
-    yield from _layouts(plan)
+    yield from _layouts("parallel", config.parallel, layout)
+    if setting.own_layout is not None and config.teacher.parallel is not None:
+        yield from _layouts("teacher.parallel", config.teacher.parallel, setting.own_layout)
 
 
-def _layouts(plan: Plan) -> Iterator[Changes]:
+def _layouts(key: str, parallel: ParallelConfig, layout: ParallelLayout) -> Iterator[Changes]:
     """Other layouts of the same processes: one size doubled or halved, data parallel takes up the rest."""
-    parallel, layout = plan.setting.config.parallel, plan.setting.layout
     if layout.tensor > 1 and not layout.sequence_parallel:
-        yield {"parallel.sequence_parallel": True}
+        yield {f"{key}.sequence_parallel": True}
     for power in range(layout.world_size.bit_length()):
         if 2**power != layout.expert:
-            yield {"parallel.expert": 2**power}
-    yield {"parallel.virtual_pipeline": 2 if layout.virtual_pipeline == 1 else 1}
+            yield {f"{key}.expert": 2**power}
+    yield {f"{key}.virtual_pipeline": 2 if layout.virtual_pipeline == 1 else 1}
     for name in ("tensor", "pipeline", "context"):
         for size in (2 * getattr(layout, name), getattr(layout, name) // 2):
             sizes = {
@@ -134,11 +137,11 @@ def _layouts(plan: Plan) -> Iterator[Changes]:
             ranks = sizes["tensor"] * sizes["pipeline"] * sizes["context"]
             if size == 0 or layout.world_size % ranks:
                 continue
-            changes: Changes = {f"parallel.{name}": size}
-            if parallel.data is not None:
-                changes["parallel.data"] = layout.world_size // ranks
+            changes: Changes = {f"{key}.{name}": size}
+            if parallel.data is not None or key != "parallel":
+                changes[f"{key}.data"] = layout.world_size // ranks
             if name == "tensor" and (size > 1) != layout.sequence_parallel:
-                changes["parallel.sequence_parallel"] = size > 1
+                changes[f"{key}.sequence_parallel"] = size > 1
             yield changes
 
 
@@ -149,7 +152,7 @@ def verdict(plan: Plan) -> list[str]:
     word = "fits" if plan.fits else "DOES NOT FIT"
     memory = (
         f"memory: {word}: {full.total / 2**30:.3g} of {plan.hardware.usable / 2**30:.3g} GiB on the fullest rank "
-        f"(stage {full.stage}), most in {full.phase}; its largest part: {largest}, "
+        f"({full}), most in {full.phase}; its largest part: {largest}, "
         f"{full.parts[largest] / 2**30:.3g} GiB"
     )
     longest = max(plan.spans, key=lambda name: plan.spans[name].total)

@@ -85,12 +85,6 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
     last = stage == setting.layout.pipeline - 1
     passes = work.updates * work.microbatches
     own = stage_layers(student, setting.layout)
-    teacher = 0.0
-    if setting.teacher is not None:
-        layers = stage_layers(setting.teacher, setting.layout)
-        teacher = layers * layer_forward(setting, setting.teacher, work.teacher_pack)
-        if last and setting.teacher_projects:
-            teacher += head_product(setting, setting.teacher.hidden_size, work.pack.loss_tokens)
     prompts = work.prompts * work.prompt
     prefill = 2 * prompts * matrix_weights(student) / setting.layout.tensor
     prefill += 2 * prompts * work.prompt * student.num_heads * student.head_dim / setting.layout.tensor
@@ -103,7 +97,7 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
     found = {
         "rollout: prompts": setting.own_rollouts * own * prefill,
         "rollout: tokens": setting.own_rollouts * decode,
-        "teacher forward": passes * teacher,
+        **(teacher_flops(setting, stage) if setting.teacher_here else {}),
         "other scoring": passes * _other_scoring(setting, stage),
         "student forward": passes * own * layer_forward(setting, student, work.pack),
         "recomputation": passes * own * layer_again(setting, student, work.pack),
@@ -111,6 +105,16 @@ def stage_flops(setting: Setting, stage: int) -> dict[str, float]:
         "heads and objective": passes * objective_flops(setting, work.pack) if last else 0.0,
     }
     return {name: flops for name, flops in found.items() if flops}
+
+
+def teacher_flops(setting: Setting, stage: int) -> dict[str, float]:
+    """The teacher's passes of a step, on a rank of this stage of its layout, which is that of `setting`."""
+    work, arch = setting.workload, setting.teacher
+    assert arch is not None
+    teacher = stage_layers(arch, setting.layout) * layer_forward(setting, arch, work.teacher_pack)
+    if stage == setting.last_stage and setting.teacher_projects:
+        teacher += head_product(setting, arch.hidden_size, work.pack.loss_tokens)
+    return {"teacher forward": work.updates * work.microbatches * teacher}
 
 
 def _other_scoring(setting: Setting, stage: int) -> float:

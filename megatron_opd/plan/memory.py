@@ -2,9 +2,10 @@
 
 Always there: weights, gradients and optimizer state of the student, weights of teacher and reference, and the float32
 average that a teacher becomes; what is offloaded lies in host memory instead, weights except while their model scores.
-Besides, one phase at a time: `rollout` (cache of keys and values, logits, copies of weights), `scoring` (the teacher's
-pass and its payload) and `training` (payload, activations, objective). Formulas stand with each function. What servers
-draw or score takes none of it here.
+A teacher in a layout of its own is as that layout has it, on the student's ranks or on others; the student's last stage
+then has the teacher's head too. Besides, one phase at a time: `rollout` (cache of keys and values, logits, copies of
+weights), `scoring` (the teacher's pass and its payload) and `training` (payload, activations, objective). Formulas
+stand with each function. What servers draw or score takes none of it here.
 """
 
 import math
@@ -15,9 +16,11 @@ from megatron_opd.kernels.torch_streaming import CPU_BLOCK_ELEMENTS
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.objectives.logits import CPU_WEIGHT_GRADIENT_ELEMENTS, DEVICE_WEIGHT_GRADIENT_ELEMENTS
 from megatron_opd.plan.activations import kept_by_chunk, kept_by_layer, recomputed_attention
+from megatron_opd.plan.handover import dealt_payload, held_payloads
 from megatron_opd.plan.parameters import Parameter, chunks_of_stage, stage_layers, stage_parameters
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
+from megatron_opd.training.models import reads_hidden_states
 
 _FP32 = 4
 _INDEX = 8  # int64
@@ -35,6 +38,10 @@ class StageMemory:
     stage: int
     always: dict[str, int]
     phases: dict[str, dict[str, int]]
+    teaches: bool = False  # the stage is one of a teacher on ranks of its own
+
+    def __str__(self) -> str:
+        return f"teacher's stage {self.stage}" if self.teaches else f"stage {self.stage}"
 
     @property
     def phase(self) -> str:
@@ -53,39 +60,60 @@ class StageMemory:
 
 
 def stage_memory(setting: Setting, stage: int) -> StageMemory:
-    """Of the fullest rank of this pipeline stage."""
-    student = stage_parameters(setting.student, setting.layout, setting.padded_vocab, stage)
-    weights, gradients, state = trained_bytes(setting, student)
-    if setting.config.optimizer.cpu_offload:
-        state = 0
-    always = {"student weights": weights, "gradients": gradients, "optimizer state": state}
-    lent: dict[str, int] = {}
-    config = setting.config
-    for role, model, arch in (
-        ("teacher", config.teacher, setting.teacher),
-        ("reference", config.reference, setting.reference),
+    """Of the fullest rank of this pipeline stage of the student."""
+    if setting.separate:
+        return _rank_memory(setting, stage, None)
+    ranks = setting.layout.world_size // setting.layout.pipeline
+    of_teacher = setting.layout.world_size // (setting.own_layout or setting.layout).pipeline
+    beside = range(stage * ranks // of_teacher, ((stage + 1) * ranks - 1) // of_teacher + 1)
+    return max((_rank_memory(setting, stage, theirs) for theirs in beside), key=lambda one: one.total)
+
+
+def teacher_memory(setting: Setting, stage: int) -> StageMemory:
+    """Of the fullest rank of this pipeline stage of a teacher on ranks of its own."""
+    return _rank_memory(setting, None, stage)
+
+
+def _rank_memory(setting: Setting, stage: int | None, theirs: int | None) -> StageMemory:
+    """Of a rank with this stage of the student and that one of the teacher; None: it has nothing of the model."""
+    config, always, lent = setting.config, dict[str, int](), dict[str, int]()
+    student: Sequence[Sequence[Parameter]] = ()
+    if stage is not None:
+        student = stage_parameters(setting.student, setting.layout, setting.padded_vocab, stage)
+        weights, gradients, state = trained_bytes(setting, student)
+        if config.optimizer.cpu_offload:
+            state = 0
+        always = {"student weights": weights, "gradients": gradients, "optimizer state": state}
+    for role, model, arch, place in (
+        ("teacher", config.teacher, setting.teacher, theirs),
+        ("reference", config.reference, setting.reference, stage),
     ):
-        if model is not None and arch is not None:
-            head, others = frozen_bytes(setting, arch, stage)
+        if model is not None and arch is not None and place is not None:
+            head, others = frozen_bytes(setting.teaching if role == "teacher" else setting, arch, place)
             always[f"{role} weights"] = head if model.offload else head + others
             if model.offload:
                 lent[f"offloaded {role} weights"] = others
     if config.teacher.ema is not None:
         always["teacher average"] = _FP32 * sum(p.numel for chunk in student for p in chunk)
+    if stage == setting.last_stage and setting.own_layout is not None and reads_hidden_states(config):
+        assert setting.teacher is not None
+        always["teacher head"] = setting.bytes_per_value * setting.vocab_shard * setting.teacher.hidden_size
     phases = {
-        "rollout": _rollout(setting, stage, student) if setting.own_rollouts else {},
-        "scoring": {**_scoring(setting, stage), **lent},
-        "training": _training(setting, stage, student),
+        "rollout": _rollout(setting, stage, student) if stage is not None and setting.own_rollouts else {},
+        "scoring": {**_scoring(setting, stage, theirs), **lent},
+        "training": _training(setting, stage, student) if stage is not None else {},
     }
-    return StageMemory(stage, always, phases)
+    place = theirs if stage is None else stage
+    assert place is not None
+    return StageMemory(place, always, phases, teaches=stage is None)
 
 
 def frozen_bytes(setting: Setting, arch: Architecture, stage: int) -> tuple[int, int]:
-    """Weights of a model that is only run forward: (the LM head, which is never offloaded, all others)."""
+    """Weights of a model that is only run forward: (the LM head if it is never offloaded, all others)."""
     chunks = stage_parameters(arch, setting.layout, setting.padded_vocab, stage)
     total = setting.bytes_per_value * sum(p.numel for chunk in chunks for p in chunk)
-    last = stage == setting.layout.pipeline - 1
-    head = setting.bytes_per_value * setting.vocab_shard * arch.hidden_size if last else 0
+    kept = stage == setting.last_stage and setting.lends_head
+    head = setting.bytes_per_value * setting.vocab_shard * arch.hidden_size if kept else 0
     return head, total - head
 
 
@@ -204,65 +232,40 @@ def _rollout(setting: Setting, stage: int, chunks: Sequence[Sequence[Parameter]]
     }
 
 
-def _scoring(setting: Setting, stage: int) -> dict[str, int]:
-    """The payload of all updates, and what one layer of the largest model that scores would keep.
+def _scoring(setting: Setting, stage: int | None, theirs: int | None) -> dict[str, int]:
+    """Payloads, and what one layer of the largest model that scores would keep.
 
     Log-probs of the student or the reference as they were, the student's likeliest ids and most payloads: the hidden
     states of that model at the loss tokens of a microbatch, and their logits, which `head_chunk` bounds; those of the
     payload logits are gathered, and copied without the ids that pad the vocabulary.
     """
     work, value = setting.workload, setting.bytes_per_value
-    models = [arch for arch in (setting.teacher, setting.reference) if arch is not None]
     later = setting.config.training.updates_per_rollout > 1 and setting.objective.reads_old_logprobs
-    scored = [
-        *([setting.teacher] if setting.teacher is not None and setting.teacher_projects else []),
-        *([setting.student] if later or setting.names_ids else []),
-        *([setting.reference] if setting.reference else []),
-    ]
-
-    def fullest(arch: Architecture) -> Pack:
-        return work.teacher_fullest if arch is setting.teacher else work.fullest
-
+    passes: list[
+        tuple[Setting, Architecture, Pack, bool]
+    ] = []  # what it reads, and whether it makes logits here
+    if setting.teacher is not None and theirs is not None:
+        where = setting.teaching
+        projects = setting.teacher_projects and theirs == where.last_stage
+        passes.append((where, setting.teacher, work.teacher_fullest, projects))
+    if stage is not None:
+        models = [setting.student] if later or setting.names_ids else []
+        models += [setting.reference] if setting.reference else []
+        passes += [(setting, arch, work.fullest, stage == setting.last_stage) for arch in models]
     hidden = logits = 0
-    if scored and stage == setting.layout.pipeline - 1:
-        tokens = work.fullest.loss_tokens // setting.layout.context
-        hidden = max(arch.hidden_size for arch in scored) * tokens * value
-        logits = _chunk(setting, work.fullest) * setting.vocab_shard * value
-        if setting.payload is not None and setting.payload.kind == "logits":
-            logits = tokens * (setting.vocab_shard + 2 * setting.padded_vocab) * value
-    layer = max((kept_by_layer(setting, arch, fullest(arch)) for arch in [*models, *scored]), default=0)
+    for where, arch, _, projects in passes:
+        if projects:
+            tokens = work.fullest.loss_tokens // where.layout.context
+            hidden = max(hidden, arch.hidden_size * tokens * value)
+            logits = max(logits, _chunk(where, work.fullest) * where.vocab_shard * value)
+            if arch is setting.teacher and setting.config.teacher.payload == "logits":
+                logits = max(logits, tokens * (where.vocab_shard + 2 * where.padded_vocab) * value)
+    layer = max((kept_by_layer(where, arch, read) for where, arch, read, _ in passes), default=0)
     return {
-        "teacher payload": _payload(setting, stage),
+        "teacher payload": held_payloads(setting, stage, theirs, scoring=True),
         "hidden states": hidden,
-        "working set": max(layer, logits, _dealt(setting, stage)),
+        "working set": max(layer, logits, dealt_payload(setting, stage)),
     }
-
-
-def _dealt(setting: Setting, stage: int) -> int:
-    """A microbatch's payload under CP, from the shares of the teacher's own sequences to those of the student's: rows
-    [T] of what the teacher read, gathered, put in order and picked."""
-    if setting.config.teacher.prompt_template is None or setting.layout.context == 1:
-        return 0
-    last = stage == setting.layout.pipeline - 1
-    return last * 3 * payload_row(setting) * setting.workload.teacher_fullest.tokens
-
-
-def _payload(setting: Setting, stage: int) -> int:
-    """Of the last stage's ranks, at the loss tokens of all microbatches of a step: the teacher's payload, as hidden
-    states N * Dt numbers; or what servers said, float32 log-probs of the sampled token and of K ids, the ids in int64.
-    """
-    if stage != setting.layout.pipeline - 1:
-        return 0
-    work = setting.workload
-    tokens = work.sequences * work.response // setting.layout.context
-    return tokens * payload_row(setting)
-
-
-def payload_row(setting: Setting) -> int:
-    """Of a loss token."""
-    if setting.payload is None:
-        return _FP32 * (1 + setting.served_ids) + _INDEX * setting.served_ids
-    return setting.payload.bytes_per_position
 
 
 def in_flight(setting: Setting, stage: int) -> float:
@@ -296,7 +299,7 @@ def _training(setting: Setting, stage: int, parameters: Sequence[Sequence[Parame
     layer = again[recompute] + setting.bytes_per_value * largest
     head = objective_buffers(setting, pack) if stage == layout.pipeline - 1 else 0
     return {
-        "teacher payload": _payload(setting, stage),
+        "teacher payload": held_payloads(setting, stage, None, scoring=False),
         "activations": math.ceil(kept * in_flight(setting, stage)),
         "objective": head if head >= layer else 0,
         "working set": layer if layer > head else 0,

@@ -1,16 +1,18 @@
 """What is planned: a checked configuration with its models and layout, and how many tokens a step has."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
+from megatron_opd.config.layout_checks import alignment_of_run
 from megatron_opd.config.schema import Config
-from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.preflight import check_models, check_offload
 from megatron_opd.teacher.payload import PayloadFormat
+from megatron_opd.teacher.transport import Layouts
 from megatron_opd.training.models import payload_format
 from megatron_opd.training.relay import layout_of
 
@@ -63,7 +65,7 @@ class Workload:
         generated = prompts * rollout.samples_per_prompt
         responses = rollout.prompts_per_step * rollout.samples_per_prompt
         sequences = -(-responses // layout.data)
-        alignment = layout.segment_alignment
+        alignment = alignment_of_run(config)
         length, theirs = (
             -(-(tokens + response - 1) // alignment) * alignment
             for tokens in (prompt, config.teacher_prompt_tokens)
@@ -113,19 +115,17 @@ class Setting:
     vocab: int  # ids that all models have
     padded_vocab: int  # rows of every embedding and head
     kernels: Kernels
+    processes: int  # of the whole run
+    own_layout: ParallelLayout | None  # of the teacher; None: the student's
+    lends_head: bool = True  # an offloaded model keeps its LM head on the device, for the objective
 
     @classmethod
     def of(cls, config: Config, processes: int, kernels: Kernels) -> "Setting":
         """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
         from what only its data and run directory can show."""
         checked = check_models(config, processes)
-        if checked.teacher_parallel is not None:
-            raise UserError(
-                "teacher.parallel: what a teacher in a layout of its own takes is not planned: set it to null to plan "
-                "the run with a teacher in the student's layout"
-            )
         check_offload(config, gpu=kernels != "cpu", engine=kernels == "transformer-engine")
-        layout = layout_of(checked.parallel)
+        layout, own = layout_of(checked.parallel), checked.teacher_parallel
         return cls(
             config=config,
             student=checked.student,
@@ -137,11 +137,58 @@ class Setting:
             vocab=checked.vocab_size,
             padded_vocab=checked.padded_vocab_size,
             kernels=kernels,
+            processes=processes,
+            own_layout=None if own is None else layout_of(own),
         )
 
     def scored_pack(self, arch: Architecture) -> Pack:
         """What a model that scores reads of a mean microbatch."""
         return self.workload.teacher_pack if arch is self.teacher else self.workload.pack
+
+    @property
+    def separate(self) -> bool:
+        """Whether the teacher has processes of its own."""
+        own = self.config.teacher.parallel
+        return self.own_layout is not None and own is not None and own.separate
+
+    @property
+    def teacher_here(self) -> bool:
+        """Whether the teacher's passes run in this layout."""
+        return self.teacher is not None and self.own_layout is None
+
+    @cached_property
+    def teaching(self) -> "Setting":
+        """The setting of the teacher's passes alone, in its layout: all microbatches dealt over its replicas."""
+        assert self.teacher is not None
+        layout, padded = self.own_layout or self.layout, self.padded_vocab
+        work = self.workload
+        if self.own_layout is not None:
+            padded = self.teacher.padded_vocab_size(layout.tensor)
+            count, multiple = (
+                -(-self.layout.data * work.microbatches // layout.data),
+                layout.microbatch_multiple,
+            )
+            work = replace(work, microbatches=-(-count // multiple) * multiple)
+        return replace(
+            self,
+            layout=layout,
+            own_layout=None,
+            lends_head=self.own_layout is None,
+            reference=None,
+            padded_vocab=padded,
+            workload=work,
+        )
+
+    @cached_property
+    def layouts(self) -> Layouts:
+        """Both, as payloads are routed between them."""
+        assert self.own_layout is not None
+        return Layouts(self.layout, self.own_layout, self.layout.world_size if self.separate else 0)
+
+    @property
+    def last_stage(self) -> int:
+        """The pipeline stage with the LM head."""
+        return self.layout.pipeline - 1
 
     @property
     def payload(self) -> PayloadFormat | None:

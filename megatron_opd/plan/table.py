@@ -1,7 +1,7 @@
 """A plan as tables and lines for people, and as one object for machines."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,14 +13,27 @@ from megatron_opd.plan.advice import Advice, verdict
 from megatron_opd.plan.memory import PHASES, StageMemory
 from megatron_opd.plan.parameters import stage_layers
 from megatron_opd.plan.plan import Plan
+from megatron_opd.plan.setting import Setting
 from megatron_opd.plan.timing import LIMITS
-from megatron_opd.plan.traffic import Traffic, group_sizes, payload_bytes
+from megatron_opd.plan.traffic import (
+    Traffic,
+    group_sizes,
+    payload_bytes,
+    payloads_received,
+    payloads_sent,
+)
 
 ASSUMED = (
     "Taken: every prompt and response has its longest length (an upper bound); microbatches are full; tokens spread "
     "evenly over the experts; communication overlaps with nothing; a group that reaches beyond a node runs at the "
     "speed between nodes. Segments are equally long: without transformer-engine attention pads uneven ones, which "
     "takes more. Evaluation and checkpoints are left out."
+)
+
+OWN_LAYOUT = (
+    "The teacher's own layout: payloads are counted for loss tokens that are spread evenly over microbatches and "
+    "context-parallel shares; on ranks of its own all microbatches take equally long. Not predicted: memory that NCCL "
+    "takes for groups between the two layouts."
 )
 
 SERVED = (
@@ -39,10 +52,10 @@ def print_plan(plan: Plan, advice: Sequence[Advice], console: Console | None = N
     for line in _heading(plan):
         say(line)
     for title, table in (
-        _parts(plan.fullest, plan.hardware.usable),
+        *_parts(plan),
         _stages(plan),
         _time(plan),
-        _traffic(plan),
+        *_traffic(plan),
     ):
         if table.row_count:
             say(f"\n{title}", "bold")
@@ -55,6 +68,8 @@ def print_plan(plan: Plan, advice: Sequence[Advice], console: Console | None = N
     for one in advice:
         say(f"  {one}{'' if one.plan.fits else ' (still too much)'}")
     console.print(ASSUMED, style="dim", highlight=False)
+    if plan.setting.own_layout is not None:
+        console.print(OWN_LAYOUT, style="dim", highlight=False)
     if plan.setting.teacher is None or not plan.setting.own_rollouts:
         console.print(SERVED, style="dim", highlight=False)
 
@@ -77,18 +92,10 @@ def as_json(plan: Plan, advice: Sequence[Advice]) -> dict[str, Any]:
         },
         "fits": plan.fits,
         "usable_bytes": plan.hardware.usable,
-        "memory": [
-            {
-                "stage": one.stage,
-                "total": one.total,
-                "peak": one.phase,
-                "always": one.always,
-                "phases": one.phases,
-            }
-            for one in plan.memory
-        ],
+        "memory": [_memory(one) for one in plan.memory],
         "flops": plan.flops,
-        "traffic": [[vars(one) | {"sent": one.sent} for one in stage] for stage in plan.traffic],
+        "traffic": _sent(plan.traffic),
+        "own_teacher": _own_teacher(plan),
         "seconds": {name: span.seconds for name, span in plan.spans.items()},
         "step_seconds": plan.seconds,
         "verdict": verdict(plan),
@@ -102,6 +109,59 @@ def as_json(plan: Plan, advice: Sequence[Advice]) -> dict[str, Any]:
             for one in advice
         ],
     }
+
+
+def _memory(one: StageMemory) -> dict[str, Any]:
+    return {
+        "stage": one.stage,
+        "total": one.total,
+        "peak": one.phase,
+        "always": one.always,
+        "phases": one.phases,
+    }
+
+
+def _sent(traffic: list[list[Traffic]]) -> list[list[dict[str, Any]]]:
+    return [[vars(one) | {"sent": one.sent} for one in stage] for stage in traffic]
+
+
+def _own_teacher(plan: Plan) -> dict[str, Any] | None:
+    """Of a teacher in a layout of its own; `sent` and `received` are bytes of payloads a step, by rank."""
+    setting, span = plan.setting, plan.teacher_span
+    if setting.own_layout is None or setting.payload is None or span is None:
+        return None
+    return {
+        "layout": vars(setting.own_layout) | {"processes": setting.own_layout.world_size},
+        "first_rank": setting.layouts.first,
+        "payload": {
+            "bytes_per_token": setting.payload.bytes_per_position,
+            "sent": payloads_sent(setting),
+            "received": payloads_received(setting),
+        },
+        "memory": [_memory(one) for one in plan.teacher_memory],
+        "flops": plan.teacher_flops,
+        "traffic": _sent(plan.teacher_traffic),
+        "seconds": span.seconds,
+        "hidden_seconds": plan.hidden_seconds,
+    }
+
+
+def _own_layout(plan: Plan) -> Iterator[str]:
+    """Lines about a teacher in a layout of its own."""
+    setting, span = plan.setting, plan.teacher_span
+    if setting.own_layout is None or setting.payload is None or span is None:
+        return
+    yield f"{'teacher':10} {setting.layouts}"
+    form, tensor = setting.payload, setting.layout.tensor
+    sent, received = (max(each(setting).values(), default=0) for each in (payloads_sent, payloads_received))
+    yield (
+        f"{'payload':10} {form.kind}, {form.bytes_per_position} bytes a response token to each of {tensor} rank"
+        f"{'s' if tensor > 1 else ''}; a step: {sent / 1e9:,.3g} GB from the busiest sender, {received / 1e9:,.3g} "
+        "GB to the busiest receiver"
+    )
+    if setting.separate:
+        hidden = f"{plan.hidden_seconds:.3g} s of them while the student scores and trains"
+        yield f"{'':10} scores for {span.total:.3g} s a step, {hidden}"
 
 
 def _models(plan: Plan) -> list[tuple[str, Architecture]]:
@@ -124,6 +184,7 @@ def _heading(plan: Plan) -> list[str]:
         lines.append(f"{'rollouts':10} by SGLang servers")
     plural = "es" if layout.world_size > 1 else ""
     lines.append(f"{'layout':10} {layout}: {layout.world_size} process{plural} on {plan.hardware.name}")
+    lines += _own_layout(plan)
     lines.append(
         f"{'step':10} {work.responses} responses of {work.response} tokens to prompts of {work.prompt}; "
         f"a replica: {work.updates} x {work.microbatches} microbatches of {work.pack.tokens} tokens"
@@ -135,7 +196,14 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _parts(memory: StageMemory, usable: int) -> tuple[str, Table]:
+def _parts(plan: Plan) -> Iterator[tuple[str, Table]]:
+    """Of the fullest rank of the student and, if there are any, of the teacher's own."""
+    for stages in (plan.memory, plan.teacher_memory):
+        if stages:
+            yield _rank_parts(max(stages, key=lambda stage: stage.total), plan.hardware.usable)
+
+
+def _rank_parts(memory: StageMemory, usable: int) -> tuple[str, Table]:
     table = Table("part")
     table.add_column("GiB", justify="right")
     table.add_column("of the device", justify="right")
@@ -145,7 +213,7 @@ def _parts(memory: StageMemory, usable: int) -> tuple[str, Table]:
     table.add_section()
     table.add_row("together", _gib(memory.total), f"{memory.total / usable:.1%}")
     table.add_row("usable", _gib(usable), "")
-    return f"Memory of the fullest rank (stage {memory.stage}, in {memory.phase})", table
+    return f"Memory of the fullest rank ({memory}, in {memory.phase})", table
 
 
 def _stages(plan: Plan) -> tuple[str, Table]:
@@ -153,11 +221,15 @@ def _stages(plan: Plan) -> tuple[str, Table]:
     table = Table("stage", "layers")
     for name in ("always", *PHASES):
         table.add_column(name, justify="right")
-    for memory in plan.memory:
+    for memory in [*plan.memory, *plan.teacher_memory]:
+        setting = plan.setting.teaching if memory.teaches else plan.setting
+        arch = setting.teacher if memory.teaches else setting.student
+        assert arch is not None
         always = sum(memory.always.values())
-        layers = stage_layers(plan.setting.student, plan.setting.layout)
+        layers = stage_layers(arch, setting.layout)
         peaks = (_gib(always + sum(memory.phases[phase].values())) for phase in PHASES)
-        table.add_row(str(memory.stage), str(layers), _gib(always), *peaks)
+        name = f"teacher {memory.stage}" if memory.teaches else str(memory.stage)
+        table.add_row(name, str(layers), _gib(always), *peaks)
     return "GiB by pipeline stage and phase", table
 
 
@@ -173,19 +245,28 @@ def _time(plan: Plan) -> tuple[str, Table]:
     return "Seconds of a step, by what bounds them", table
 
 
-def _traffic(plan: Plan) -> tuple[str, Table]:
+def _traffic(plan: Plan) -> Iterator[tuple[str, Table]]:
+    """Of the student's ranks and of the layout of a teacher that has its own."""
+    yield _busiest("stage", plan.traffic, plan.flops, plan.setting)
+    if plan.teacher_traffic:
+        yield _busiest("the teacher's stage", plan.teacher_traffic, plan.teacher_flops, plan.setting.teaching)
+
+
+def _busiest(
+    name: str, traffic: list[list[Traffic]], flops: list[dict[str, float]], setting: Setting
+) -> tuple[str, Table]:
     """Of the stage that sends the most, phases and equal kinds together."""
-    totals = [sum(one.sent for one in stage) for stage in plan.traffic]
+    totals = [sum(one.sent for one in stage) for stage in traffic]
     stage = totals.index(max(totals))
-    work = sum(plan.flops[stage].values()) / 1e15
-    title = f"What a rank of stage {stage} sends in a step; it computes {work:,.3g} PFLOP"
+    work = sum(flops[stage].values()) / 1e15
+    title = f"What a rank of {name} {stage} sends in a step; it computes {work:,.3g} PFLOP"
     table = Table("group", "ranks", "kind")
     for name in ("calls", "GB sent"):
         table.add_column(name, justify="right")
     merged: dict[tuple[str, str], list[Traffic]] = {}
-    for one in plan.traffic[stage]:
+    for one in traffic[stage]:
         merged.setdefault((one.group, one.kind), []).append(one)
-    sizes = group_sizes(plan.setting)
+    sizes = group_sizes(setting)
     for (group, kind), parts in sorted(merged.items(), key=lambda item: -sum(one.sent for one in item[1])):
         sent, calls = sum(one.sent for one in parts), sum(one.calls for one in parts)
         table.add_row(group, str(sizes[group]), kind, f"{calls:,.0f}", f"{sent / 1e9:,.2f}")

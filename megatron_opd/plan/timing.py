@@ -2,7 +2,8 @@
 
 A pass takes the longest of three: its operations at the achieved part of the peak, reading what it has to read at the
 achieved bandwidth, and starting its kernels one after the other. What is sent comes on top: nothing overlaps, as the
-run has it configured. A group whose ranks lie in several nodes runs at the speed of one device's link between nodes.
+run has it configured, but a teacher on ranks of its own scores while the student learns. A group whose ranks lie in
+several nodes runs at the speed of one device's link between nodes.
 """
 
 import math
@@ -25,6 +26,7 @@ from megatron_opd.plan.parameters import Parameter, stage_layers, stage_paramete
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.plan.traffic import Traffic
 from megatron_opd.rollout.local import PROMPT_TOKENS
+from megatron_opd.teacher.window import WINDOW
 
 _FP32 = 4
 _AVERAGE = 12.0  # bytes a number: the average is read and written, the weights that it follows are read
@@ -61,16 +63,50 @@ class Span:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def step_spans(setting: Setting, hardware: Hardware, traffic: Sequence[Sequence[Traffic]]) -> dict[str, Span]:
-    """The phases of a step on these ranks; `traffic` is that of every stage."""
+def step_spans(
+    setting: Setting, hardware: Hardware, traffic: Sequence[Sequence[Traffic]], teacher: Span | None = None
+) -> dict[str, Span]:
+    """The phases of a step on these ranks; `traffic` is that of every stage.
+
+    `teacher` are the passes of one in a layout of its own: on the same ranks a part of `scoring`, on others what the
+    student waits for them in all.
+    """
     clock = _Clock(setting, hardware, traffic)
     rollout = {"prompts": clock.prompts(), "decoding": clock.decoding()} if setting.own_rollouts else {}
-    return {
-        **rollout,
-        "scoring": clock.scoring(),
-        "training": clock.training(),
-        "optimizer": clock.optimizer(),
-    }
+    here = [(setting.teacher, 1.0)] if setting.teacher is not None and setting.teacher_here else []
+    scoring, training = clock.scoring([*here, *scoring_passes(setting)]), clock.training()
+    spans = {**rollout, "scoring": scoring, "training": training, "optimizer": clock.optimizer()}
+    if teacher is None:
+        return spans
+    if not setting.separate:
+        both = {name: scoring.seconds[name] + teacher.seconds[name] for name in LIMITS}
+        return {**spans, "scoring": Span(both)}
+    idle = waited(setting, teacher, scoring.total, training.total)
+    return {**spans, "waiting": Span({**dict.fromkeys(LIMITS, 0.0), "idle": idle})}
+
+
+def teacher_span(setting: Setting, hardware: Hardware, traffic: Sequence[Sequence[Traffic]]) -> Span:
+    """The passes of a teacher in a layout of its own in a step; `traffic` is that of every stage of it."""
+    assert setting.teacher is not None
+    return _Clock(setting.teaching, hardware, traffic).scoring([(setting.teacher, 1.0)])
+
+
+def waited(setting: Setting, teacher: Span, scoring: float, training: float) -> float:
+    """Seconds of a step that the student waits for a teacher on ranks of its own.
+
+    Both begin with the step's scoring, which takes the student `scoring` seconds for other models; its microbatches
+    take equally long. A payload leaves when it is made, the first after the teacher's pipeline is filled, but no sooner
+    than the student is at the one `WINDOW` before it.
+    """
+    count, updates = setting.workload.updates * setting.workload.microbatches, setting.workload.updates
+    first = teacher.seconds["idle"] / updates
+    making, learning = (teacher.total - first) / count, training / count
+    arrived, free, begun = first, scoring, list[float]()
+    for number in range(count):
+        arrived = max(arrived + making, begun[number - WINDOW] if number >= WINDOW else 0.0)
+        begun.append(max(arrived, free))
+        free = begun[-1] + learning
+    return max(0.0, free - scoring - training)
 
 
 @dataclass(frozen=True)
@@ -121,15 +157,14 @@ class _Clock:
         seconds["sending"] += sum(self._sent(stage, "decoding") for stage in self._stages)
         return Span(seconds)
 
-    def scoring(self) -> Span:
-        """Forward passes of the teacher and of the other models that score; offloaded weights come first."""
+    def scoring(self, models: Sequence[tuple[Architecture, float]]) -> Span:
+        """Forward passes of these models, each in a share of the updates; offloaded weights come first."""
         setting, work = self.setting, self.setting.workload
         last = setting.layout.pipeline - 1
         times = []
         for stage in self._stages:
             stage_time = dict.fromkeys(LIMITS, 0.0)
-            teacher = [] if setting.teacher is None else [(setting.teacher, 1.0)]
-            for arch, share in [*teacher, *scoring_passes(setting)]:
+            for arch, share in models:
                 layers = stage_layers(arch, self.setting.layout)
                 flops = layers * layer_forward(setting, arch, setting.scored_pack(arch))
                 if stage == last and (arch is not setting.teacher or setting.teacher_projects):
@@ -189,7 +224,8 @@ class _Clock:
     def _lent(self, stage: int) -> float:
         """Seconds that offloaded weights take to the device, once an update."""
         config, setting = self.setting.config, self.setting
-        models = ((config.teacher, setting.teacher), (config.reference, setting.reference))
+        teacher = setting.teacher if setting.teacher_here else None
+        models = ((config.teacher, teacher), (config.reference, setting.reference))
         moved = sum(
             frozen_bytes(setting, arch, stage)[1]
             for model, arch in models
@@ -284,6 +320,7 @@ class _Clock:
             "ep": layout.expert,
             "dp_cp": same_layers,
             "expt_dp": same_layers,
+            "messages": self.setting.processes,
         }.get(group, same_layers * layout.pipeline)
         hardware = self.hardware
         return hardware.within_node if reach <= hardware.devices_per_node else hardware.between_nodes

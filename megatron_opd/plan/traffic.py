@@ -2,17 +2,19 @@
 
 A ring sends (n - 1) / n of the whole tensor for an all-gather and a reduce-scatter, twice that for an all-reduce; an
 all-to-all with equal shares (n - 1) / n of what the rank gives. Numbers of a few bytes (counts, norms, shapes) are left
-out. Symbols as in `activations`; c bytes of a value of the weights' dtype, the residual stream between stages is
+out. A teacher in a layout of its own has groups of its own, and sends its payloads by itself. Symbols as in
+`activations`; c bytes of a value of the weights' dtype, the residual stream between stages is
 float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.plan.activations import Widths
 from megatron_opd.plan.flops import scoring_passes
-from megatron_opd.plan.memory import buckets, payload_row
+from megatron_opd.plan.handover import Handover, payload_row
+from megatron_opd.plan.memory import buckets
 from megatron_opd.plan.parameters import chunks_of_stage, stage_layers, stage_parameters
 from megatron_opd.plan.setting import Pack, Setting
 from megatron_opd.rollout.local import PROMPT_TOKENS
@@ -52,14 +54,50 @@ def group_sizes(setting: Setting) -> dict[str, int]:
         "expt_dp": setting.expert_data_ranks,
         "mp": layout.tensor * layout.pipeline,
         "embd": min(2, layout.pipeline),
+        "messages": setting.processes,
     }
 
 
 def stage_traffic(setting: Setting, stage: int) -> list[Traffic]:
     """Of a rank of a stage in one step, only what groups of several ranks send."""
     parts = (_rollout, _scoring, _training, _updates)
-    found = [one for part in parts for one in part(setting, stage)]
-    return [one for one in found if one.ranks > 1 and one.calls * one.nbytes > 0]
+    return _sending(one for part in parts for one in part(setting, stage))
+
+
+def teacher_traffic(setting: Setting, stage: int) -> list[Traffic]:
+    """Of a rank of a stage of a teacher in a layout of its own: its passes, and the payloads to the student's ranks."""
+    assert setting.teacher is not None and setting.payload is not None
+    where, work = setting.teaching, setting.teaching.workload
+    found = list(_pass(where, setting.teacher, stage, work.updates * work.microbatches))
+    route, form = Handover.of(setting.layouts), setting.payload
+    if stage == where.last_stage and route.sent:
+        busiest = max(route.sent, key=lambda rank: route.sent[rank])
+        numbers = work.updates * setting.workload.microbatches * setting.layout.data
+        calls = numbers * route.messages[busiest] * len(form.tensors)
+        size = payloads_sent(setting)[busiest]
+        found.append(_calls(setting, "scoring", "messages", "send", calls, size / calls))
+    return _sending(found)
+
+
+def payloads_sent(setting: Setting) -> dict[int, float]:
+    """Bytes of payloads that each rank sends in a step, from a teacher in a layout of its own."""
+    return _payloads(setting, Handover.of(setting.layouts).sent)
+
+
+def payloads_received(setting: Setting) -> dict[int, float]:
+    """And that each rank receives."""
+    return _payloads(setting, Handover.of(setting.layouts).received)
+
+
+def _payloads(setting: Setting, rows: dict[int, float]) -> dict[int, float]:
+    assert setting.payload is not None
+    work = setting.workload
+    size = work.responses * work.response * setting.payload.bytes_per_position
+    return {rank: share * size for rank, share in sorted(rows.items())}
+
+
+def _sending(traffic: Iterable[Traffic]) -> list[Traffic]:
+    return [one for one in traffic if one.ranks > 1 and one.calls * one.nbytes > 0]
 
 
 def _calls(setting: Setting, phase: str, group: str, kind: str, calls: float, nbytes: float) -> Traffic:
@@ -99,23 +137,29 @@ def _rollout(setting: Setting, stage: int) -> Iterator[Traffic]:
 
 
 def _scoring(setting: Setting, stage: int) -> Iterator[Traffic]:
-    """A forward pass of the teacher, and of other models that score, for every microbatch; or what servers say."""
+    """A forward pass of a teacher in this layout, and of other models that score, for every microbatch; or what servers
+    say."""
     work = setting.workload
     passes = work.updates * work.microbatches
-    teacher = [] if setting.teacher is None else [(setting.teacher, 1.0)]
-    for arch, share in [*teacher, *scoring_passes(setting)]:
-        pack = setting.scored_pack(arch)
-        yield from _forward(setting, "scoring", arch, pack, stage, share * passes)
-        yield from _gathered_hidden(setting, "scoring", arch, pack, stage, share * passes)
-        projects = arch is not setting.teacher or setting.teacher_projects
-        if projects and stage == setting.layout.pipeline - 1:
-            tokens = work.pack.loss_tokens // setting.layout.context
-            size = tokens * _score_bytes(setting, arch)
-            yield _calls(setting, "scoring", "tp", "all_gather", share * passes, size)
+    if setting.teacher is not None and setting.teacher_here:
+        yield from _pass(setting, setting.teacher, stage, passes)
+    for arch, share in scoring_passes(setting):
+        yield from _pass(setting, arch, stage, share * passes)
     if setting.teacher is None and stage == setting.layout.pipeline - 1:
         yield from _served(setting, passes)
     if setting.config.teacher.prompt_template is not None and stage == setting.layout.pipeline - 1:
         yield from _dealt(setting, passes)
+
+
+def _pass(setting: Setting, arch: Architecture, stage: int, passes: float) -> Iterator[Traffic]:
+    """Forward passes of a model that scores, and what it makes of the hidden states."""
+    pack = setting.scored_pack(arch)
+    yield from _forward(setting, "scoring", arch, pack, stage, passes)
+    yield from _gathered_hidden(setting, "scoring", arch, pack, stage, passes)
+    projects = arch is not setting.teacher or setting.teacher_projects
+    if projects and stage == setting.last_stage:
+        size = pack.loss_tokens // setting.layout.context * _score_bytes(setting, arch)
+        yield _calls(setting, "scoring", "tp", "all_gather", passes, size)
 
 
 def _score_bytes(setting: Setting, arch: Architecture) -> int:

@@ -131,9 +131,8 @@ def reader(config: Config, checked: Checked, groups: ProcessGroupCollection, dev
     arch, tp = checked.teacher, groups.tp
     assert arch is not None
     form = payload_format(config, arch, checked.vocab_size)
-    projects = form.kind == "hidden_states" or config.evaluation.prompts is not None
     head_WD = None
-    if projects and groups.pp.rank() == groups.pp.size() - 1:
+    if reads_hidden_states(config) and groups.pp.rank() == groups.pp.size() - 1:
         head_WD = load_head(
             config.teacher.path,
             arch,
@@ -143,6 +142,11 @@ def reader(config: Config, checked: Checked, groups: ProcessGroupCollection, dev
             dtype=form.dtype,
         ).to(device)
     return Reader(groups, form, head_WD, checked.padded_vocab_size // tp.size(), device)
+
+
+def reads_hidden_states(config: Config) -> bool:
+    """Whether a teacher's payloads are projected where the student is, for the loss or in evaluations."""
+    return config.teacher.payload == "hidden_states" or config.evaluation.prompts is not None
 
 
 def payload_format(config: Config, teacher: Architecture, vocab_size: int) -> PayloadFormat:

@@ -62,7 +62,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
         {},
         {"separate": True, "tensor": 2},
         2,
-        r"parallel: 2 processes run, 2 of .* leaves none .*: start 3",
+        r"parallel: 2 processes run, 2 of them .* leaves none for the student: start 3",
     ),
     ({}, {"expert": 2}, 2, r"teacher\.parallel\.expert: 2 processes have no experts"),
     (

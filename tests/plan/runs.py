@@ -4,6 +4,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.config.layout_checks import processes_of_run
 from megatron_opd.config.schema import Config
 from megatron_opd.plan.setting import Setting
 from tools.bench.plan_check import Sizes, config_of, save_configs
@@ -26,6 +27,5 @@ def setting_of(planned: Config) -> Setting:
 
 
 def ranks_of(planned: Config) -> int:
-    """Processes of the layout."""
-    parallel = planned.parallel
-    return parallel.tensor * parallel.pipeline * parallel.context * (parallel.data or 1)
+    """Processes of the layouts."""
+    return processes_of_run(planned)

@@ -14,6 +14,8 @@ MODELS = Path(__file__).parents[2] / "examples/plans/models"
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [
+        ("Qwen3-0.6B", 596_049_920, 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976, 1_720_574_976),
         ("Qwen3-4B", 4_022_468_096, 4_022_468_096),
         ("Qwen3-30B-A3B", 30_532_122_624, 3_353_032_704),
         ("Qwen3-30B-A3B-Instruct-2507", 30_532_122_624, 3_353_032_704),

@@ -166,7 +166,7 @@ class Built:
             student.chunks[-1], teacher, setting.objective, setting.vocab, groups, head_chunk=chunk
         )
         packed = pack(
-            _sequences(setting, setting.vocab),
+            random_sequences(setting, setting.vocab),
             dp_size=layout.data,
             token_budget=config.training.microbatch_tokens,
             alignment=layout.segment_alignment,
@@ -187,7 +187,8 @@ class Built:
         self.objective.run(self.student.ddps, update)
 
 
-def _sequences(setting: Setting, vocab: int) -> list[Rollout]:
+def random_sequences(setting: Setting, vocab: int) -> list[Rollout]:
+    """Those of a step, as long as the configuration allows."""
     work, generator = setting.workload, torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
