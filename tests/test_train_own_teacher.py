@@ -49,6 +49,7 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
         assert row == pytest.approx(want, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.full
 def test_another_layout_on_the_same_processes(
     inputs: Path, tmp_path: Path, one_process: list[dict[str, Any]]
 ) -> None:
