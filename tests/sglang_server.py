@@ -14,6 +14,7 @@ import torch
 from megatron_opd.rollout.server_start import ServerSettings
 from megatron_opd.rollout.servers import Servers
 from megatron_opd.rollout.sglang import SGLangEngine
+from tests.data.tiny_tokenizer import save_tokenizer
 from tests.tiny import VOCAB, save_tiny_model
 
 PYTHON = Path(__file__).parent.parent / ".venv-sglang" / "bin" / "python"
@@ -68,6 +69,13 @@ class SGLangServer:
         httpx.post(
             self.url + "/flush_cache?timeout=20", timeout=60
         ).raise_for_status()  # a health check may run
+
+    def link(self, model: int, folder: Path) -> None:
+        """Make `folder` the `model`-th of the models, with the tests' tokenizer."""
+        folder.mkdir()
+        for file in self.models[model].iterdir():
+            (folder / file.name).symlink_to(file)
+        save_tokenizer(folder)
 
     @contextmanager
     def engine(self, urls: list[str] | None = None, **options) -> Iterator[SGLangEngine]:

@@ -79,8 +79,9 @@ class Layouts:
         return [
             Route(number, _sender(receiver, turn, holders), receiver, taken_M, placed_M)
             for number, replica in sorted(replica_of.items())
+            for receivers in [self._receivers(whole[number], number)]
             for held_N, holders in self._holders(whole[number], replica)
-            for turn, (needed_N, receiver) in enumerate(self._receivers(whole[number], number))
+            for turn, (needed_N, receiver) in enumerate(receivers)
             for taken_M, placed_M in [_common_rows(held_N, needed_N)]
             if len(taken_M)
         ]

@@ -6,7 +6,7 @@
 - `agreement`: whether rollout engine and training engine give tokens the same probability.
 - `router_metrics`: how evenly a student with experts used them.
 - `job`: config -> the objects of a run (groups, student, teacher, engine, prompts); `models`: its models;
-  `relay`: the process groups that a teacher in another layout adds.
+  `texts`: its tokenizer and prompts; `relay`: the process groups that a teacher in another layout adds.
 - `teacher_process`: what a process does that is only the teacher's.
 - `serving`, `teaching`: the SGLang servers of a run, those that draw and those of the teacher.
 

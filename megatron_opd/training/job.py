@@ -6,24 +6,20 @@ Configuration and files are checked first, then process groups are made, then we
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from megatron_opd.checkpoint.folders import hold
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.config.layout_checks import alignment_of_run
 from megatron_opd.config.schema import Config
-from megatron_opd.data.loss_mask import LossMask, build_loss_mask
+from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.packing import Microbatch, pack
-from megatron_opd.data.prompts import LoadedPrompts, Prompt, PromptStream, TeacherPrompt, load_prompts
+from megatron_opd.data.prompts import Prompt, PromptStream
 from megatron_opd.data.rollouts import Rollout
-from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
-from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, ServedModel
 from megatron_opd.models.attention import uses_transformer_engine
 from megatron_opd.models.gpt import DTYPES, GPT
@@ -47,20 +43,8 @@ from megatron_opd.training.models import TrainingTeacher, load_models
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.score import likeliest_ids, sampled_logprobs
 from megatron_opd.training.student import Student, build_student
+from megatron_opd.training.texts import Texts, read_texts
 from megatron_opd.training.update import ObjectivePass, Outcome, Update, UpdateScale
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Tokenizer and prompts of a run. `vocab_size` is the vocabulary that student and teacher share."""
-
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
-    stop_ids: tuple[int, ...]
-    mask: LossMask
-    training: LoadedPrompts
-    heldout: list[Prompt]
-    notes: list[str]  # what the user should know, a line each
 
 
 @dataclass(frozen=True)
@@ -302,13 +286,7 @@ def set_up(config: Config) -> Job:
         settings.head_chunk,
         config.rollout.mismatch_threshold,
     )
-    # The engine draws no id that either model lacks.
-    drawn = replace(checked.student, vocab_size=texts.vocab_size)
-    engine: RolloutEngine = (
-        SGLangEngine(texts.vocab_size, groups.mp)
-        if config.rollout.engine == "sglang"
-        else LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch)
-    )
+    engine = rollout_engine(config, checked, texts, chunks, groups)
     prompts = PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle)
     return Job(
         config=config,
@@ -319,9 +297,7 @@ def set_up(config: Config) -> Job:
         student=student,
         teacher=teacher,
         served=checked.served,
-        average=WeightAverage(teacher.chunks, config.teacher.ema)
-        if config.teacher.ema is not None and isinstance(teacher, MegatronTeacher)
-        else None,
+        average=average_of(config, teacher),
         reference=reference,
         objective=objective,
         engine=engine,
@@ -338,6 +314,24 @@ def set_up(config: Config) -> Job:
         ),
         checkpoints=checkpoint_store(config, checked, texts, groups),
     )
+
+
+def rollout_engine(
+    config: Config, checked: Checked, texts: Texts, chunks: Sequence[GPT], groups: ProcessGroupCollection
+) -> RolloutEngine:
+    """What draws the rollouts. It draws no id that either model lacks."""
+    if config.rollout.engine == "sglang":
+        return SGLangEngine(texts.vocab_size, groups.mp)
+    drawn = replace(checked.student, vocab_size=texts.vocab_size)
+    return LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch)
+
+
+def average_of(config: Config, teacher: TrainingTeacher) -> WeightAverage | None:
+    """The moving average that the teacher becomes, if it follows the student."""
+    if config.teacher.ema is None:
+        return None
+    assert isinstance(teacher, MegatronTeacher), "others are refused at the start"
+    return WeightAverage(teacher.chunks, config.teacher.ema)
 
 
 def sampling_of(config: Config, texts: Texts, *, seed: int, samples: int, trained: bool = True) -> Sampling:
@@ -371,48 +365,4 @@ def checkpoint_store(
             "seed": str(config.seed),
             "optimizer.name": config.optimizer.name,
         },
-    )
-
-
-def read_texts(config: Config, vocab_size: int) -> Texts:
-    """Read tokenizers and prompts. Raises UserError when the tokenizers differ or a prompt file is broken."""
-    tokenizer = load_tokenizer(config.student.path)
-    others = {"teacher": config.teacher.path} | (
-        {"reference": config.reference.path} if config.reference else {}
-    )
-    warnings = [check_same_tokenizer(tokenizer, load_tokenizer(path), role) for role, path in others.items()]
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"student.path: the tokenizer has {len(tokenizer)} tokens, the models only {vocab_size} rows: "
-            "use the tokenizer that belongs to the models"
-        )
-
-    template = config.teacher.prompt_template
-    teacher = None if template is None else TeacherPrompt(template, config.teacher_prompt_tokens)
-
-    def load(path: Path) -> LoadedPrompts:
-        return load_prompts(
-            path,
-            tokenizer,
-            field=config.data.prompt_field,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            system_prompt=config.data.system_prompt,
-            teacher=teacher,
-        )
-
-    training = load(config.data.prompts)
-    heldout = load(config.evaluation.prompts) if config.evaluation.prompts is not None else None
-    notes = [
-        *(warning for warning in warnings if warning),
-        *training.notes,
-        *(heldout.notes if heldout else []),
-    ]
-    return Texts(
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        stop_ids=stop_ids(config.student.path, tokenizer),
-        mask=build_loss_mask(config.objective.mask, tokenizer),
-        training=training,
-        heldout=heldout.prompts[: config.evaluation.max_prompts] if heldout else [],
-        notes=notes,
     )

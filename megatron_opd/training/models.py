@@ -44,7 +44,7 @@ def load_models(
     if checked.teacher is None:
         teacher = served_teacher(config, checked, groups)
     elif relay is not None:
-        teacher = relaid_teacher(config, checked, relay, groups, device)
+        teacher = teacher_in_own_layout(config, checked, relay, groups, device)
     else:
         chunks = load(checked.teacher, config.teacher.path)
         teacher = megatron_teacher(config, checked, chunks, groups)
@@ -96,7 +96,7 @@ def megatron_teacher(
     )
 
 
-def relaid_teacher(
+def teacher_in_own_layout(
     config: Config, checked: Checked, relay: Relay, groups: ProcessGroupCollection, device: torch.device
 ) -> RelaidTeacher | SeparateTeacher:
     """A teacher in its own layout as this rank of the student has it."""
@@ -104,20 +104,20 @@ def relaid_teacher(
         join_load(config.teacher.path)
         reading = reader(config, checked, groups, device)
         return SeparateTeacher(relay.layouts, reading, relay.messages, relay.orders)
-    model = relaid_model(config, checked, relay, device)
+    model = own_model(config, checked, relay, device)
     return RelaidTeacher(model, relay.layouts, reader(config, checked, groups, device), relay.messages)
 
 
 def load_separate(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
     """The teacher on one of its own ranks, which joins in when the student's load theirs (`load_models`)."""
-    model = relaid_model(config, checked, relay, device)
+    model = own_model(config, checked, relay, device)
     for section in (config.reference, config.student):
         if section is not None:
             join_load(section.path)
     return model
 
 
-def relaid_model(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
+def own_model(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
     """The teacher in its own layout, on one of its ranks."""
     arch, layout = checked.teacher, relay.layouts.teacher
     assert arch is not None

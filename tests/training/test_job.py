@@ -28,14 +28,19 @@ BASE = {
 }
 
 
+def save_job_models(folder: Path, **teacher: Any) -> None:
+    """A student and a wider, untied teacher, with tokenizers; `teacher` are further settings of `save_tiny_model`."""
+    save_tiny_model(folder / "student", seed=1)
+    save_tiny_model(folder / "teacher", seed=2, hidden=96, tied=False, **teacher)
+    for name in ("student", "teacher"):
+        save_tokenizer(folder / name)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Models with tokenizers, and prompts."""
     folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_model(folder / "student", seed=1)
-    save_tiny_model(folder / "teacher", seed=2, layers=8, hidden=96, tied=False)
-    for name in ("student", "teacher"):
-        save_tokenizer(folder / name)
+    save_job_models(folder, layers=8)
     write_prompts(folder / "prompts.jsonl", 12)
     return folder
 

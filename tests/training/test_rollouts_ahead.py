@@ -9,7 +9,7 @@ import pytest
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.train import train_step
 from megatron_opd.training.serving import serving
-from tests.data.tiny_tokenizer import save_tokenizer, write_prompts
+from tests.data.tiny_tokenizer import write_prompts
 from tests.gloo_pool import GlooPools
 from tests.sglang_server import SGLangServer
 from tests.training.test_job import build
@@ -21,10 +21,7 @@ STEPS = 4
 def folder(tmp_path: Path, sglang: SGLangServer) -> Iterator[Path]:
     """A `student` of the architecture that the server has, a `teacher`, and prompts."""
     for name, model in (("student", 1), ("teacher", 0)):
-        (tmp_path / name).mkdir()
-        for file in sglang.models[model].iterdir():
-            (tmp_path / name / file.name).symlink_to(file)
-        save_tokenizer(tmp_path / name)
+        sglang.link(model, tmp_path / name)
     write_prompts(tmp_path / "prompts.jsonl", 12)
     yield tmp_path
     sglang.load(sglang.models[0], "0")

@@ -15,7 +15,7 @@ from megatron_opd.teacher import sglang as scoring
 from megatron_opd.teacher.sglang import SGLangTeacher
 from megatron_opd.train import evaluate, train_step
 from megatron_opd.training.teaching import teaching
-from tests.data.tiny_tokenizer import save_tokenizer, write_prompts
+from tests.data.tiny_tokenizer import write_prompts
 from tests.gloo_pool import GlooPools
 from tests.sglang_server import SGLangServer
 from tests.tiny import VOCAB, recorded_rollouts
@@ -34,10 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sglang: SGLangServer) -> Pa
     """`teacher`, which the server has, a `student`, and the teacher as a student, `same`; with tokenizers, prompts."""
     folder = tmp_path_factory.mktemp("served")
     for name, model in (("teacher", 0), ("student", 1), ("same", 0)):
-        (folder / name).mkdir()
-        for file in sglang.models[model].iterdir():
-            (folder / name / file.name).symlink_to(file)
-        save_tokenizer(folder / name)
+        sglang.link(model, folder / name)
     write_prompts(folder / "prompts.jsonl", 12)
     return folder
 

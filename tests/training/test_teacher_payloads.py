@@ -6,19 +6,15 @@ from typing import Any
 import pytest
 
 from megatron_opd.train import evaluate, train_step
-from tests.data.tiny_tokenizer import save_tokenizer, write_prompts
+from tests.data.tiny_tokenizer import write_prompts
 from tests.gloo_pool import GlooPools
-from tests.tiny import save_tiny_model
-from tests.training.test_job import build
+from tests.training.test_job import build, save_job_models
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_model(folder / "student", seed=1)
-    save_tiny_model(folder / "teacher", seed=2, hidden=96, tied=False)
-    for name in ("student", "teacher"):
-        save_tokenizer(folder / name)
+    save_job_models(folder)
     write_prompts(folder / "prompts.jsonl", 12)
     return folder
 

@@ -16,10 +16,10 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.train import evaluate, train_step
-from tests.data.tiny_tokenizer import WORDS, save_tokenizer
+from tests.data.tiny_tokenizer import WORDS
 from tests.gloo_pool import GlooPools
-from tests.tiny import recorded_rollouts, save_tiny_model, with_teacher_prompts
-from tests.training.test_job import build
+from tests.tiny import recorded_rollouts, with_teacher_prompts
+from tests.training.test_job import build, save_job_models
 from tests.training.tiny_run import build_run, save_pair
 
 ROLLOUTS = 9
@@ -43,10 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_model(folder / "student", seed=1)
-    save_tiny_model(folder / "teacher", seed=2, hidden=96, tied=False)
-    for name in ("student", "teacher"):
-        save_tokenizer(folder / name)
+    save_job_models(folder)
     write_solved_prompts(folder / "prompts.jsonl", 12)
     return folder
 

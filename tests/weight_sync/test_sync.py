@@ -80,18 +80,10 @@ def served(sglang: SGLangServer) -> Iterator[SGLangServer]:
     sglang.load(sglang.models[0], "0")
 
 
-def push_and_draw(
-    model: Path,
-    layout: ParallelLayout,
-    urls: list[str],
-    folder: Path,
-    make: Make,
-    versions: tuple[int, ...],
-    sampling: Sampling = SAMPLING,
-    *,
-    outage_timeout: float = 60.0,
-) -> tuple[list[Rollout], list[str]]:
-    """Push a model several times in small buckets, then draw; also what is left of exports."""
+def connected(
+    model: Path, layout: ParallelLayout, urls: list[str], folder: Path, make: Make, **options: Any
+) -> tuple[Any, Any, SGLangEngine, WeightSync]:
+    """Model and groups, an engine, and a sync with servers that run already."""
     chunks, arch, groups = load(model, layout)
     engine = SGLangEngine(arch.vocab_size, groups.mp)
     sync = WeightSync(
@@ -104,9 +96,25 @@ def push_and_draw(
         servers=None,
         urls=urls,
         api_key=None,
-        options={"outage_timeout": outage_timeout},
+        options=options,
         say=print,
     )
+    return chunks, groups, engine, sync
+
+
+def push_and_draw(
+    model: Path,
+    layout: ParallelLayout,
+    urls: list[str],
+    folder: Path,
+    make: Make,
+    versions: tuple[int, ...],
+    sampling: Sampling = SAMPLING,
+    *,
+    outage_timeout: float = 60.0,
+) -> tuple[list[Rollout], list[str]]:
+    """Push a model several times in small buckets, then draw; also what is left of exports."""
+    chunks, groups, engine, sync = connected(model, layout, urls, folder, make, outage_timeout=outage_timeout)
     bucket_bytes, transports.BUCKET_BYTES = transports.BUCKET_BYTES, 100_000
     try:
         for version in versions:
@@ -165,22 +173,8 @@ def push_while_drawing(
     model: Path, url: str, folder: Path, make: Make
 ) -> tuple[list[Rollout], dict[str, Any]]:
     """Version 2 goes to a server that is drawing with version 1."""
-    chunks, arch, groups = load(model, ParallelLayout(data=2))
-    engine = SGLangEngine(arch.vocab_size, groups.mp)
     options = {"outage_timeout": 60.0, "concurrency": 8}
-    sync = WeightSync(
-        engine,
-        make(folder),
-        arch,
-        groups,
-        source=model,
-        folder=folder,
-        servers=None,
-        urls=[url],
-        api_key=None,
-        options=options,
-        say=print,
-    )
+    chunks, groups, engine, sync = connected(model, ParallelLayout(data=2), [url], folder, make, **options)
     engine.connect([url], **options)
     sampling = replace(SAMPLING, max_new_tokens=80, n=3)
     drawing = engine.submit(share(PROMPTS, groups.dp_cp), sampling, 1)
