@@ -17,6 +17,7 @@ from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.models.gpt import GPT
+from megatron_opd.report.positions import Diagnostics
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.stream import staleness
 from megatron_opd.teacher.separate import SeparateTeacher
@@ -26,7 +27,7 @@ from megatron_opd.training.router_metrics import take_router_metrics
 from megatron_opd.training.serving import Publish, drawn, serving, unserved
 from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
-from megatron_opd.training.update import means_over_tokens
+from megatron_opd.training.update import diagnostics_of, means_over_tokens
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
 
@@ -55,12 +56,12 @@ def train(config: Config) -> None:
         if start == 0 and job.texts.heldout:
             log.record(0, evaluate(job, 0, publish))
         for step in range(start + 1, steps + 1):
-            metrics, rollouts = train_step(job, step, publish)
+            metrics, rollouts, diagnostics = train_step(job, step, publish)
             drawing = step < steps or job.texts.heldout  # with the weights of this step
             metrics["sync_seconds"] = publish(step) if drawing else 0.0
             if job.texts.heldout and due(step, config.evaluation.every, steps):
                 metrics |= evaluate(job, step, publish)
-            log.record(step, metrics, rollouts)
+            log.record(step, metrics, rollouts, diagnostics)
             warning = alarm(metrics, config.rollout)
             if warning is not None:
                 log.say(f"step {step}: {warning}")
@@ -81,8 +82,13 @@ def due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[str, Any], list[Rollout]]:
-    """Take rollouts, let the models score them, apply the updates. Returns the step's metrics and rollouts."""
+def train_step(
+    job: Job, step: int, publish: Publish = unserved
+) -> tuple[dict[str, Any], list[Rollout], Diagnostics]:
+    """Take rollouts, let the models score them, apply the updates.
+
+    Returns the step's metrics and rollouts, and what is known of the rollouts' tokens.
+    """
     began = time.perf_counter()
     rollouts = drawn(lambda: job.rollouts.take(step), publish, step - 1)
     taken = time.perf_counter()
@@ -95,7 +101,7 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         job.average.hand_over()
     trained = time.perf_counter()
     tokens = sum(update.scale.loss_tokens for update in updates)
-    return {
+    metrics = {
         **means_over_tokens(outcomes, tokens),
         "tokens": tokens,
         "response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
@@ -109,7 +115,8 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "teacher_seconds": scored - taken,
         "train_seconds": trained - scored,
         **(job.teacher.waits() if isinstance(job.teacher, SeparateTeacher) else {}),
-    }, rollouts
+    }
+    return metrics, rollouts, diagnostics_of(outcomes, updates, job.objective.positions)
 
 
 def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:

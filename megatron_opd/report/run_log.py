@@ -12,7 +12,9 @@ from megatron_opd.errors import UserError, why_refused
 from megatron_opd.report.ledger import Ledger
 from megatron_opd.report.metrics import MetricsWriter, read_metrics
 from megatron_opd.report.plot import plot_curve
+from megatron_opd.report.positions import POSITIONS_FILE, Diagnostics
 from megatron_opd.report.progress import TrainingProgress
+from megatron_opd.report.step_lines import StepLines
 
 SAMPLES = 16  # rollouts kept of each step
 HELDOUT = {
@@ -25,7 +27,8 @@ class RunLog:
     """Records the steps of a run in its directory. A context manager; on ranks other than 0 it does nothing.
 
     `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it no
-    longer counts: its metrics and ledger are set aside, its samples removed. `decode` turns token ids into text.
+    longer counts: its metrics, ledger and positions are set aside, its samples removed. `decode` turns token ids into
+    text.
 
     Every method raises UserError when the disk is full or cannot be written.
     """
@@ -42,6 +45,7 @@ class RunLog:
         with self._writing():
             self._metrics = MetricsWriter(run_dir, start or None)
             self._ledger = Ledger(run_dir, start)
+            self._positions = StepLines(run_dir / POSITIONS_FILE, start)
             for path in (run_dir / "rollouts").glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > start:
                     path.unlink()
@@ -60,14 +64,21 @@ class RunLog:
             with self._writing() if error is None else suppress(OSError):
                 self._metrics.close()
                 self._ledger.close()
+                self._positions.close()
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
         if self.enabled:
             self._progress.say(line)
 
-    def record(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout] = ()) -> None:
-        """Append a step's metrics, enter its rollouts in the ledger and keep a sample of them.
+    def record(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        rollouts: Sequence[Rollout] = (),
+        diagnostics: Diagnostics | None = None,
+    ) -> None:
+        """Append a step's metrics and what is known of it by position, enter its rollouts in the ledger, keep a sample.
 
         Step 0 is the state before training.
         """
@@ -78,7 +89,10 @@ class RunLog:
             if step > 0:
                 self._ledger.log(step, rollouts)
                 samples = self.run_dir / "rollouts" / f"step_{step:08d}.jsonl"
-                write_rollouts(samples, rollouts[:SAMPLES], decode=self._decode)
+                diagnostics = diagnostics or Diagnostics()
+                write_rollouts(samples, rollouts[:SAMPLES], decode=self._decode, traces=diagnostics.traces)
+                if diagnostics.positions is not None:
+                    self._positions.append({"step": step, **diagnostics.positions})
         if step > 0:
             self._progress.update(step, values)
         if values.get("skipped"):

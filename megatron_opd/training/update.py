@@ -24,8 +24,16 @@ from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits, Objective, TokenStats
 from megatron_opd.parallel.schedule import run_schedule
+from megatron_opd.report.positions import Diagnostics
 from megatron_opd.teacher.payload import Teacher, TeacherPayload
 from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, step_agreement
+from megatron_opd.training.positions import (
+    TRACED_TOKENS,
+    PositionSums,
+    token_trace,
+    trace_size,
+    traces_of,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,12 @@ class Update:
     reference_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: there is no reference
     moved: bool = False  # the student moves after it was scored and before this update
     whole: Sequence[Sequence[Microbatch]] = ()  # the whole microbatches of all data-parallel ranks
+    lengths: Sequence[int] = ()  # response tokens of its first rollouts, whose tokens are recorded one by one
+
+    @property
+    def traced(self) -> int:
+        """How many tokens that are."""
+        return min(sum(self.lengths), TRACED_TOKENS)
 
     @property
     def for_teacher(self) -> list[Microbatch]:
@@ -77,6 +91,15 @@ class Update:
                 strict=True,
             )
         )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass says of all tokens of an update, the same on every rank."""
+
+    sums: dict[str, float]  # of the objective's values and of `agreement`, with its maxima
+    by_position: Tensor  # of `PositionSums`, float64 on the CPU
+    trace: Tensor  # of `token_trace`, float64 on the CPU
 
 
 @dataclass(frozen=True)
@@ -99,8 +122,8 @@ class ObjectivePass:
         *,
         progress: float = 0.0,
         forward_only: bool = False,
-    ) -> dict[str, float]:
-        """Sums over the whole update of the objective's statistics and of `agreement`, with its maxima, on every rank.
+    ) -> Measured:
+        """Sums over the whole update, as a whole and by position, and the values of its first `traced` tokens.
 
         Unless `forward_only`, the gradients of the update's mean loss are accumulated, reduced and normalised in
         `chunks` (the DDP wrappers). `progress` is how much of the training is done, 0 to 1. Collectives besides those
@@ -118,17 +141,22 @@ class ObjectivePass:
                 microbatch.padding_T,
             )
 
-            def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                loss_sum, sums = self._loss(
-                    output_T1H, microbatch, *scored, progress=progress, moved=update.moved
+            def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+                loss_sum, *log = self._loss(
+                    output_T1H,
+                    microbatch,
+                    *scored,
+                    progress=progress,
+                    moved=update.moved,
+                    traced=update.traced,
                 )
                 tokens = (~microbatch.padding_T).sum(dtype=torch.int)
-                return loss_sum * (scale.tokens / scale.loss_tokens), tokens, sums
+                return loss_sum * (scale.tokens / scale.loss_tokens), tokens, tuple(log)
 
             return hidden_T1H, loss_func
 
         logs = run_schedule(forward_step, update.rows(), chunks, self.groups, forward_only=forward_only)
-        return self._reduce(logs)
+        return self._reduce(logs, update.traced)
 
     def _loss(
         self,
@@ -140,12 +168,16 @@ class ObjectivePass:
         *,
         progress: float,
         moved: bool,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss sum of one microbatch and its statistics, on the last stage; logits exist at response tokens only."""
+        traced: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss sum, what `_reduce` sums, `MAXIMA`) of one microbatch, on the last stage.
+
+        Logits exist at response tokens only.
+        """
         positions_N = microbatch.mask_T.nonzero()[:, 0]
         drawn_logprob_N = microbatch.drawn_logprobs_T[positions_N]
         stats = self._token_stats(hidden_T1H, microbatch, payload, positions_N, drawn_logprob_N)
-        loss_sum, sums = self.objective.loss(
+        loss_sum, values = self.objective.loss(
             stats,
             positions_N,
             microbatch.mask_T,
@@ -160,7 +192,15 @@ class ObjectivePass:
         rollout_logprob_N = microbatch.rollout_logprobs_T[positions_N]
         if self.objective.kept_ids_only:
             rollout_logprob_N = drawn_logprob_N
-        return loss_sum, {**sums, **agreement(scored_N, rollout_logprob_N, self.mismatch_threshold)}
+        agreed = agreement(scored_N, rollout_logprob_N, self.mismatch_threshold)
+        place_N, length_N = microbatch.place_T[positions_N], microbatch.length_T[positions_N]
+        scalars = [*(values[name].sum() for name in self.positions.names), *(agreed[name] for name in SUMS)]
+        parts = (
+            torch.stack(scalars),
+            self.positions.of(values, place_N, length_N),
+            token_trace(values, microbatch.number_T[positions_N], traced),
+        )
+        return loss_sum, torch.cat(parts), torch.stack([agreed[name] for name in MAXIMA])
 
     def _token_stats(
         self,
@@ -193,28 +233,36 @@ class ObjectivePass:
                 f"objective.check: {error} of a microbatch; look at that model's weights"
             ) from None
 
-    def _reduce(self, logs: list[dict[str, Tensor]]) -> dict[str, float]:
+    @property
+    def positions(self) -> PositionSums:
+        """What is summed by position."""
+        return PositionSums(self.objective.value_names)
+
+    def _reduce(self, logs: list[tuple[Tensor, Tensor]], traced: int) -> Measured:
         """Sum the microbatches' statistics over pipeline stages (only the last has any) and data x context ranks.
 
         Of `MAXIMA` it is the largest.
         """
-        names = (*self.objective.sum_names, *SUMS)
-        total = torch.zeros(len(names), dtype=torch.float64, device=next(self.gpt.parameters()).device)
+        names = (*self.positions.names, *SUMS)
+        sizes = [len(names), self.positions.size, trace_size(traced)]
+        total = torch.zeros(sum(sizes), dtype=torch.float64, device=next(self.gpt.parameters()).device)
         largest = total.new_zeros(len(MAXIMA))
-        for sums in logs:
-            total += torch.stack([sums[name].double() for name in names])
-            largest = largest.maximum(torch.stack([sums[name] for name in MAXIMA]))
+        for sums, maxima in logs:
+            total += sums
+            largest = largest.maximum(maxima)
         for group in (self.groups.pp, self.groups.dp_cp):
             dist.all_reduce(total, group=group)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        return dict(zip((*names, *MAXIMA), (*total.tolist(), *largest.tolist()), strict=True))
+        scalars, by_position, trace = total.cpu().split(sizes)
+        values = (*scalars.tolist(), *largest.tolist())
+        return Measured(dict(zip((*names, *MAXIMA), values, strict=True)), by_position, trace)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update came to: what `run` returns (empty without tokens), gradient norm, whether it was applied."""
+    """What an update came to: what `run` returns (None without tokens), gradient norm, whether it was applied."""
 
-    sums: dict[str, float]
+    measured: Measured | None
     grad_norm: float
     applied: bool
 
@@ -224,10 +272,23 @@ def means_over_tokens(outcomes: Sequence[Outcome], tokens: int) -> dict[str, flo
 
     Those of `agreement` are over the tokens that could be compared.
     """
-    with_tokens = [outcome.sums for outcome in outcomes if outcome.sums]
+    with_tokens = [outcome.measured.sums for outcome in outcomes if outcome.measured is not None]
     names = [name for name in (with_tokens or [{}])[0] if name not in (*SUMS, *MAXIMA)]
     means = {name: sum(sums[name] for sums in with_tokens) / tokens for name in names}
     return means | step_agreement(with_tokens)
+
+
+def diagnostics_of(
+    outcomes: Sequence[Outcome], updates: Sequence[Update], positions: PositionSums
+) -> Diagnostics:
+    """Of several updates together: everything by position, and the traces of their first rollouts."""
+    measured = [outcome.measured for outcome in outcomes]
+    found = [each.by_position for each in measured if each is not None]
+    traces = []
+    for each, update in zip(measured, updates, strict=True):
+        trace = torch.zeros(trace_size(0)) if each is None else each.trace
+        traces += traces_of(trace, positions.names, update.lengths)
+    return Diagnostics(positions.row(torch.stack(found).sum(0)) if found else None, traces)
 
 
 def student_logits(

@@ -131,9 +131,9 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
     update = Update(mine, UpdateScale.of(packed), teacher.score(known))
     evaluation = replace(update, payloads=teacher.score(known, "hidden_states"))
     student.zero_grad()
-    sums = run.run(student.ddps, update)
+    sums = run.run(student.ddps, update).sums
     plain = replace(run, objective=Objective())
-    sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True)["reverse_kl"]
+    sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True).sums["reverse_kl"]
     if isinstance(teacher, SeparateTeacher):
         teacher.dismiss()
     return sums, TinyRun(layout, groups, checked.student, student, run).gradients()
