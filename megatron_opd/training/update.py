@@ -142,7 +142,7 @@ class ObjectivePass:
             )
 
             def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-                loss_sum, *log = self._loss(
+                loss_sum, sums, largest = self._loss(
                     output_T1H,
                     microbatch,
                     *scored,
@@ -151,7 +151,7 @@ class ObjectivePass:
                     traced=update.traced,
                 )
                 tokens = (~microbatch.padding_T).sum(dtype=torch.int)
-                return loss_sum * (scale.tokens / scale.loss_tokens), tokens, tuple(log)
+                return loss_sum * (scale.tokens / scale.loss_tokens), tokens, (sums, largest)
 
             return hidden_T1H, loss_func
 

@@ -93,7 +93,7 @@ def several_updates(inputs: Path, run_dir: Path) -> dict[str, Any]:
     job.student.start_step()
 
     def sums() -> dict[str, float]:
-        return job.objective.run(job.student.ddps, updates[1], forward_only=True)
+        return job.objective.run(job.student.ddps, updates[1], forward_only=True).sums
 
     before = sums()
     job.apply(updates[0], 0.0)
