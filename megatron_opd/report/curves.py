@@ -98,7 +98,7 @@ def _panels(runs: Sequence[Run], names: dict[str, tuple[str, str]]) -> list[Pane
                 lines.append(Line(steps, values, number, run.name, curve=not held_out))
         if any(any(line.y) for line in lines):  # not a metric that is 0 throughout
             share = name in SHARES
-            panels.append(Panel(name.replace("/", "_"), title, lines, note, share=share))
+            panels.append(Panel(name.replace("/", "_"), title, lines, note, share=share, linear=name == "lr"))
     return panels
 
 

@@ -100,7 +100,7 @@ def _summary(runs: Sequence[Run]) -> str:
     head = ["run", "teacher → student", "objective", "steps", "tokens", "training KL", "held-out KL", "time"]
     rows = []
     for number, run in enumerate(runs):
-        models = " → ".join(_model(run.config.get(f"{role}.path")) for role in ("teacher", "student"))
+        models = "<br>→ ".join(_model(run.config.get(f"{role}.path")) for role in ("teacher", "student"))
         seconds = sum(step_seconds(run)[1])
         training = next(
             (s for s in ("reverse_kl", "reverse_kl_sampled", "topk_divergence") if run.series(s)[1]), "loss"
@@ -116,7 +116,7 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _model(path: object) -> str:
-    return escape(Path(str(path)).name) if path else "servers"
+    return f"<span class='model'>{escape(Path(str(path)).name) if path else 'servers'}</span>"
 
 
 def _objective(run: Run) -> str:

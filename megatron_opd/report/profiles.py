@@ -33,32 +33,42 @@ def profile_groups(runs: Sequence[Run]) -> list[Group]:
     """Figures by position of the runs that have recorded them."""
     relative = [_profile(runs, name, "relative") for name in VALUES]
     absolute = [_profile(runs, name, "absolute") for name in ABSOLUTE]
-    gaps = [panel for number, run in enumerate(runs) for panel in _gap_panels(run, number, len(runs) > 1)]
+    named = len(runs) > 1
+    gaps = [panel for number, run in enumerate(runs) for panel in _gap_panels(run, number, named)]
+    prefixes = [_prefix_panel(run, number, named) for number, run in enumerate(runs)]
     groups = [
         Group("Over the response", [panel for panel in relative if panel.lines]),
         Group("Over the first tokens", [panel for panel in absolute if panel.lines]),
         Group("Log-gaps by place", gaps),
+        Group("One rollout", [panel for panel in prefixes if panel is not None]),
     ]
     return [group for group in groups if group.panels]
 
 
-def prefix_panel(sample: Mapping[str, Any], run: int, title: str) -> Panel | None:
-    """The log-likelihood of a rollout's prefix under both models, and their log-ratio; None where it is not known."""
-    trace = sample.get("trace", {})
-    pairs = list(zip(trace.get("student_logprob", []), trace.get("log_gap", []), strict=False))
-    known = [(student, student + gap) for student, gap in pairs if student is not None and gap is not None]
-    if len(known) < 2:
+def _prefix_panel(run: Run, number: int, named: bool) -> Panel | None:
+    """The log-likelihood of a rollout's prefixes under both models, and their log-ratio; None where it is not known."""
+    last = max(run.sample_files, default=0)
+    longest: list[tuple[float, float]] = []
+    for sample in run.samples(last) if last else []:
+        trace = sample.get("trace", {})
+        pairs = zip(trace.get("student_logprob", []), trace.get("log_gap", []), strict=False)
+        known = [
+            (student, student + gap) for student, gap in pairs if student is not None and gap is not None
+        ]
+        longest = max(longest, known, key=len)
+    if len(longest) < 2:
         return None
-    student, teacher = (list(accumulate(column)) for column in zip(*known, strict=True))
-    places = list(range(1, len(known) + 1))
+    student, teacher = (list(accumulate(column)) for column in zip(*longest, strict=True))
+    places = list(range(1, len(longest) + 1))
     ratio = [theirs - ours for ours, theirs in zip(student, teacher, strict=True)]
     lines = [
-        Line(places, student, run, "student", "-"),
-        Line(places, teacher, run, "teacher", "--"),
-        Line(places, ratio, run, "log-ratio", ":"),
+        Line(places, student, number, "student", "-"),
+        Line(places, teacher, number, "teacher", "--"),
+        Line(places, ratio, number, "log-ratio", ":"),
     ]
-    note = "log-likelihood in nats: student (solid), teacher (dashed), log-ratio (dotted)"
-    return Panel(f"prefix_{run}", title, lines, note, x_label="tokens of the prefix")
+    title = f"Prefix log-likelihood, step {last}" + (f" ({run.name})" if named else "")
+    note = "of the longest sample, nats: student solid, teacher dashed, log-ratio dotted"
+    return Panel(f"prefix_{number}", title, lines, note, x_label="tokens of the prefix")
 
 
 def average(rows: Sequence[Mapping[str, Any]], where: str, name: str) -> list[float | None]:
@@ -99,7 +109,7 @@ def _profile(runs: Sequence[Run], name: str, where: str) -> Panel:
                 places, values = zip(*known, strict=True)
                 lines.append(Line(places, values, number, f"{run.name}, {part}", PARTS[part]))
     title, unit = VALUES[name]
-    note = f"{unit}; first steps dashed, last steps solid"
+    note = f"{unit}; start dashed, end solid"
     if where == "relative":
         return Panel(f"relative_{name}", title, lines, note, "place in the response", TENTHS, name in SHARES)
     ticks = bucket_names(longest)
@@ -127,7 +137,7 @@ def _gap_panels(run: Run, number: int, named: bool) -> list[Panel]:
             totals = [sum(column) for column in zip(*lines, strict=True)]
             shares.append([total / max(1, sum(totals)) for total in totals])
         title = f"Log-gaps by place, {part}" + (f" ({run.name})" if named else "")
-        note = "share of a place's tokens; left the teacher finds the sampled token less likely"
+        note = "rows: token of the response; colour: share of them"
         panel = Panel(
             f"gaps_{number}_{part}",
             title,

@@ -11,6 +11,7 @@ from megatron_opd.data.rollouts import Rollout, write_rollouts
 from megatron_opd.errors import UserError, why_refused
 from megatron_opd.report.ledger import Ledger
 from megatron_opd.report.metrics import MetricsWriter, read_metrics
+from megatron_opd.report.page import REPORT_FILE, write_report
 from megatron_opd.report.plot import plot_curve
 from megatron_opd.report.positions import POSITIONS_FILE, Diagnostics
 from megatron_opd.report.progress import TrainingProgress
@@ -102,7 +103,7 @@ class RunLog:
                 self.say(f"step {step}: {what} {values[name]:.4f} nats/token")
 
     def summarise(self, *, checkpoint: Path, export: Path | None) -> None:
-        """Draw the curve and print what the run achieved and where its outputs are."""
+        """Draw the curve, write the report and print what the run achieved and where its outputs are."""
         if not self.enabled:
             return
         rows = read_metrics(self.run_dir)
@@ -113,10 +114,11 @@ class RunLog:
         skipped = sum(row.get("skipped", 0) for row in rows)
         if skipped:
             self.say(f"skipped updates: {skipped}")
-        curve = None
+        curve = page = None
         if any(row.get("loss") is not None for row in rows):
             with self._writing():
                 curve = plot_curve(self.run_dir)
+            page = self._report()
         else:
             self.say(
                 "no step had a token that enters the loss: see objective.mask and rollout.max_new_tokens"
@@ -129,11 +131,23 @@ class RunLog:
             "TensorBoard": self.run_dir / "tensorboard",
             "samples": self.run_dir / "rollouts",
             "curve": curve,
+            "report": page,
         }
         self.say("─" * min(width, 80))
         for name, path in outputs.items():
             if path is not None:
                 self.say(f"{name:>12}  {path}")
+
+    def _report(self) -> Path | None:
+        """Write the report; what keeps it from being written is told and ends nothing, for the training is done."""
+        page = self.run_dir / REPORT_FILE
+        try:
+            with self._writing():
+                write_report([self.run_dir], page, self._decode)
+        except UserError as error:
+            self.say(f"no report: {error}")
+            return None
+        return page
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -82,7 +82,9 @@ def load_run(folder: Path, name: str) -> Run:
         digits = path.stem.removeprefix("step_")
         if digits.isdigit():
             files[int(digits)] = path
-    return Run(name, folder, _config(folder / "config.yaml"), rows, _steps(folder / POSITIONS_FILE), files)
+    return Run(
+        name, folder, _config(folder / "config.yaml"), rows, _positions(folder / POSITIONS_FILE), files
+    )
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
@@ -97,6 +99,21 @@ def _steps(path: Path) -> list[dict[str, Any]]:
             raise UserError(
                 f'{path}, line {number}: an object with a "step" is expected; mend or remove that line'
             )
+    return rows
+
+
+def _positions(path: Path) -> list[dict[str, Any]]:
+    rows = _steps(path)
+    for number, row in enumerate(rows, start=1):
+        try:
+            for where in ("relative", "absolute"):
+                lengths = {len(values) for values in row[where].values()}
+                if len(lengths) > 1 or "tokens" not in row[where]:
+                    raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path}, line {number}: damaged, not values by position; remove that line"
+            ) from None
     return rows
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.errors import UserError
-from megatron_opd.report.figures import svg_of
-from megatron_opd.report.profiles import prefix_panel
 from megatron_opd.report.runs import Decode, Run
 
 ROLLOUTS = 3  # of a step
@@ -53,12 +51,6 @@ def sample_sections(run: Run, number: int, decode: Decode | None) -> str:
     for step, samples in kept.items():
         rollouts = "".join(_rollout(each, span, decode) for each in samples[:ROLLOUTS])
         parts.append(f"<h4>Step {step}</h4>{rollouts}")
-    panel = prefix_panel(
-        max(kept[shown[-1]], key=_length), number, f"Prefix log-likelihood, step {shown[-1]}"
-    )
-    if panel is not None:
-        caption = f"<figcaption><b>{escape(panel.title)}</b><span>{escape(panel.note)}</span></figcaption>"
-        parts.append(f"<div class='grid'><figure>{caption}{svg_of(panel)}</figure></div>")
     return "".join(parts)
 
 
@@ -128,7 +120,3 @@ def _summary(numbers: Mapping[str, Sequence[float | None]]) -> str:
 
 def _numbers(sample: Mapping[str, Any], name: str) -> Sequence[float | None]:
     return sample.get("trace", {}).get(name, ())
-
-
-def _length(sample: Mapping[str, Any]) -> int:
-    return len(sample["response_ids"])

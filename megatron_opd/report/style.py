@@ -39,15 +39,17 @@ nav .key{margin-left:auto;display:flex;gap:6px 18px;flex-wrap:wrap}
 section{scroll-margin-top:48px}
 .dot{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:7px}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(350px,100%),1fr));gap:16px}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px 6px}
+figure{display:flex;flex-direction:column;margin:0;
+background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px 6px}
 figcaption b{display:block;font-size:14px;font-weight:600}
 figcaption span{display:block;font-size:12px;line-height:1.35;color:var(--muted);min-height:1.35em}
-figure svg{display:block;width:100%;height:auto;stroke-linejoin:round;stroke-linecap:butt;margin-top:4px}
+figure svg{display:block;width:100%;height:auto;stroke-linejoin:round;stroke-linecap:butt;margin-top:auto}
 figure svg text{font-family:system-ui,-apple-system,"Segoe UI",sans-serif}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
 table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{text-align:left;padding:8px 14px;border-bottom:1px solid var(--line);vertical-align:top}
 tr:last-child>*{border-bottom:0}
+th:first-child,td:first-child,.model{white-space:nowrap}
 thead th{font-weight:600;color:var(--muted);font-size:12.5px;white-space:nowrap}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
