@@ -187,7 +187,8 @@ def _places(low: float, high: float, *, log: bool = False, whole: bool = False) 
         factors = (1,) if high > 100 * low else (1, 2, 5)
         found = [factor * 10.0**power for power in powers for factor in factors]
     else:
-        found = [float(place) for place in MaxNLocator(6, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+        round_numbers = MaxNLocator(6, integer=whole, steps=[1, 2, 2.5, 5, 10])
+        found = [float(place) for place in round_numbers.tick_values(low, high)]
     return [place for place in found if low <= place <= high]
 
 

@@ -190,7 +190,7 @@ def test_a_damaged_run_is_one_line_and_exit_code_2(
     [
         (["run", "run"], "given twice"),
         (["run", "--out", "page.pdf"], "the page is an HTML file"),
-        (["run", "--out", "run/metrics.jsonl/page.html"], "a parent of it is a file"),
+        (["run", "--out", "run/metrics.jsonl/page.html"], "cannot write run/metrics.jsonl/page.html"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
