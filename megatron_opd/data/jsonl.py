@@ -14,14 +14,16 @@ import datasets
 from megatron_opd.errors import UserError
 
 
-def read_column(path: Path, field: str) -> list[tuple[str, Any]]:
+def read_column(path: Path, field: str, key: str = "data.prompt_field") -> list[tuple[str, Any]]:
     """The values of `field` in file order (the files of a folder in the order of their names), each with the
     place it came from ("prompts.jsonl, line 3"); blank lines skipped.
 
     A value is a string or a list. Raises UserError naming the file, the line and the remedy for a missing
-    path, a broken line, an absent field and a value of another type.
+    path, a broken line, an absent field (`key` is what names it in the configuration) and a value of another type.
     """
-    values = [placed for file in _jsonl_files(path) for placed in _with_places(file, _read_file(file, field))]
+    values = [
+        placed for file in _jsonl_files(path) for placed in _with_places(file, _read_file(file, field, key))
+    ]
     if not values:
         raise UserError(
             f"{path}: holds no prompts; data.prompts and evaluation.prompts need at least one line each"
@@ -42,7 +44,7 @@ def _jsonl_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read_file(file: Path, field: str) -> list[Any]:
+def _read_file(file: Path, field: str, key: str) -> list[Any]:
     if not any(True for _ in _lines(file)):
         return []
     verbosity = datasets.logging.get_verbosity()
@@ -57,13 +59,13 @@ def _read_file(file: Path, field: str) -> list[Any]:
             )
             values = list(table[field]) if field in table.column_names else None
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise _explain(file, field) or UserError(f"{file}: not readable as JSONL ({error})") from None
+        raise _explain(file, field, key) or UserError(f"{file}: not readable as JSONL ({error})") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
         if bars_shown:
             datasets.enable_progress_bars()
     if values is None or not all(isinstance(value, str | list) for value in values):
-        raise _explain(file, field) or UserError(
+        raise _explain(file, field, key) or UserError(
             f"{file}: field {field!r} must be text or a list of chat messages"
         )
     return values
@@ -87,7 +89,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{file}: not UTF-8 text; prompt files are JSONL in UTF-8") from None
 
 
-def _explain(file: Path, field: str) -> UserError | None:
+def _explain(file: Path, field: str, key: str) -> UserError | None:
     """The first line that cannot be a prompt, as an error that names it; None when every line looks right."""
     for number, line in _lines(file):
         where = f"{file}, line {number}"
@@ -103,9 +105,7 @@ def _explain(file: Path, field: str) -> UserError | None:
             )
         if row.get(field) is None:
             names = ", ".join(sorted(row)) or "none"
-            return UserError(
-                f"{where}: no field {field!r} (there are: {names}); set data.prompt_field to the right one"
-            )
+            return UserError(f"{where}: no field {field!r} (there are: {names}); set {key} to the right one")
         if not isinstance(row[field], str | list):
             kind = type(row[field]).__name__
             return UserError(

@@ -27,6 +27,7 @@ class Prompt:
     id: str
     token_ids: list[int]  # chat template applied
     text: str  # the user's text
+    route: str = ""  # name of its teacher, where prompts are routed
 
 
 @dataclass(frozen=True)

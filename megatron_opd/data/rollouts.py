@@ -16,7 +16,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.objectives.kept_ids import KeptIds
 
 TEXT_FIELDS = {"prompt", "response"}  # written for people only
-CUT_FIELDS = {"drawn_logprobs", "kept_ids"}  # written where a cut made them say something
+OPTIONAL_FIELDS = {"drawn_logprobs", "kept_ids", "route"}  # written where they say something
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Rollout:
     version_changes: list[list[int]] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
     kept_ids: KeptIds = field(default_factory=KeptIds.of)  # of every token, or of none: not recorded
+    route: str = ""  # the prompt's
 
     def __post_init__(self) -> None:
         if not self.drawn_logprobs:
@@ -89,10 +90,10 @@ def read_rollouts(path: Path) -> list[Rollout]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
             found = set(record) - TEXT_FIELDS if isinstance(record, dict) else set()
-            if not known - CUT_FIELDS <= found <= known:
+            if not known - OPTIONAL_FIELDS <= found <= known:
                 raise UserError(
-                    f"{path}, line {number}: a rollout needs exactly the fields {sorted(known - CUT_FIELDS)}, and may "
-                    f"have {sorted(CUT_FIELDS)}"
+                    f"{path}, line {number}: a rollout needs exactly the fields {sorted(known - OPTIONAL_FIELDS)}, and "
+                    f"may have {sorted(OPTIONAL_FIELDS)}"
                 )
             values = {name: record[name] for name in found}
             if "kept_ids" in values:
@@ -102,10 +103,12 @@ def read_rollouts(path: Path) -> list[Rollout]:
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:
-    """The fields as JSON has them, those of a cut only if there was one."""
+    """The fields as JSON has them, the optional ones only if they say something."""
     record: dict[str, Any] = {each.name: getattr(rollout, each.name) for each in fields(rollout)}
     if rollout.drawn_logprobs == rollout.logprobs:
         del record["drawn_logprobs"]
+    if not rollout.route:
+        del record["route"]
     kept = record.pop("kept_ids")
     if len(kept):
         ids = zlib.compress(kept.ids_E.numpy().astype("<i4").tobytes())

@@ -105,6 +105,11 @@ class Setting:
         """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
         from what only its data and run directory can show."""
         checked = check_models(config, processes)
+        if checked.teachers:
+            raise UserError(
+                "teacher.paths: what several teachers take is not planned: give teacher.path, the largest of them, to "
+                "plan the run with it alone"
+            )
         if checked.teacher_parallel is not None:
             raise UserError(
                 "teacher.parallel: what a teacher in a layout of its own takes is not planned: set it to null to plan "

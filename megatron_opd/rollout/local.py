@@ -334,4 +334,5 @@ def _to_rollout(sequence: _Sequence, weight_version: int) -> Rollout:
         kept_ids=KeptIds.of(sequence.kept_ids),
         finish_reason=sequence.finish_reason,
         weight_version=weight_version,
+        route=sequence.prompt.route,
     )

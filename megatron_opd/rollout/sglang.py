@@ -236,6 +236,7 @@ def reply_parser(
             version_changes=versions[1:],
             drawn_logprobs=drawn_logprobs,
             kept_ids=kept_ids if sampling.keep_ids else KeptIds.of(),
+            route=prompt.route,
         )
 
     return parse
