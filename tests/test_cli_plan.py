@@ -92,3 +92,14 @@ def test_a_teacher_in_a_layout_of_its_own_is_refused(capsys: pytest.CaptureFixtu
     own = ["parallel.expert=1", "teacher.parallel.separate=true"]
     assert run("examples/plans/qwen3-30b-a3b-to-4b.yaml", *own) == 2
     assert "error: teacher.parallel: what a teacher in a layout of its own takes" in capsys.readouterr().err
+
+
+def test_several_teachers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "examples/plans/models/Qwen3-4B"
+    several = [
+        "teacher.path=null",
+        f"teacher.paths={{a: {folder}, b: {folder}}}",
+        "teacher.route_field=domain",
+    ]
+    assert run("examples/plans/qwen3-30b-a3b-to-4b.yaml", "parallel.expert=1", *several) == 2
+    assert "error: teacher.paths: what several teachers take is not planned" in capsys.readouterr().err
