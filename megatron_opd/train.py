@@ -122,9 +122,9 @@ def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, floa
     rollouts = drawn(
         lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
     )
-    name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
+    means, tokens = job.heldout_reverse_kl(rollouts)
     return {
-        f"eval/{name}": reverse_kl,
+        **{f"eval/{name}": value for name, value in means.items()},
         "eval/response_tokens": tokens / len(rollouts),
         "eval/seconds": time.perf_counter() - began,
     }

@@ -43,7 +43,28 @@ class Awaited:
     wait: Callable[[], "TeacherPayload"]
 
 
-TeacherPayload = HiddenStates | WholeLogits | ServedLogprobs | Awaited
+@dataclass(frozen=True)
+class Part:
+    """What one of several teachers says: `weight` times the loss with it alone is part of the loss."""
+
+    teacher: str
+    weight: float
+    payload: "TeacherPayload"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What several teachers say of a microbatch: the loss is the sum over the parts."""
+
+    parts: tuple[Part, ...]
+
+
+TeacherPayload = HiddenStates | WholeLogits | ServedLogprobs | Awaited | Part | Mixture
+
+
+def weight_of(payload: TeacherPayload) -> float:
+    """That of the loss with the teacher of this payload in the whole loss."""
+    return payload.weight if isinstance(payload, Part) else 1.0
 
 
 class TensorFormat(NamedTuple):
@@ -99,6 +120,7 @@ class PayloadFormat:
 def tensors_of(payload: TeacherPayload) -> tuple[Tensor, ...]:
     """The tensors [N, ...] of a payload, in the order of `PayloadFormat.tensors`."""
     assert not isinstance(payload, Awaited), "it has to be waited for"
+    assert not isinstance(payload, Part | Mixture), "its parts' payloads have some"
     if isinstance(payload, HiddenStates):
         return (payload.hidden_ND,)
     if isinstance(payload, WholeLogits):
@@ -109,13 +131,14 @@ def tensors_of(payload: TeacherPayload) -> tuple[Tensor, ...]:
 
 
 class Teacher(Protocol):
-    """What scores microbatches: `MegatronTeacher`, `RelaidTeacher`, `SeparateTeacher` or `SGLangTeacher`."""
+    """What scores microbatches: `MegatronTeacher`, `RelaidTeacher`, `SeparateTeacher` or `SGLangTeacher`, or several
+    (`SeveralTeachers`)."""
 
     def score(self, microbatches: Any, /) -> Sequence[TeacherPayload | None]:
         """One payload a microbatch of this rank's on the last pipeline stage, None on the others. Collective.
 
         Asked about this rank's microbatches; in another layout than the student's about the whole ones of all
-        data-parallel ranks, a list each.
+        data-parallel ranks, a list each; several teachers about both.
         """
         ...
 
