@@ -12,7 +12,13 @@ import torch
 from megatron_opd.config.checks import check_layout
 from megatron_opd.config.layout_checks import check_teacher_layout
 from megatron_opd.config.rollout import SGLangConfig
-from megatron_opd.config.schema import Config, ParallelConfig, TeacherConfig, TeacherParallelConfig
+from megatron_opd.config.schema import (
+    SERVED_KINDS,
+    Config,
+    ParallelConfig,
+    TeacherConfig,
+    TeacherParallelConfig,
+)
 from megatron_opd.config.section import Section
 from megatron_opd.config.self_distillation import check_same_model
 from megatron_opd.config.several_teachers import check_several_teachers
@@ -23,7 +29,6 @@ from megatron_opd.objectives.objective import Objective
 from megatron_opd.objectives.policy_gradient import PolicyGradient
 from megatron_opd.objectives.shaping import Shaping
 from megatron_opd.objectives.token_weights import TokenWeight
-from megatron_opd.teacher.payload import SERVED_KINDS
 
 MEMORY_SHARE = "--mem-fraction-static"  # SGLang's argument
 Settings = TypeVar("Settings", Gate, PolicyGradient, Shaping, TokenWeight)

@@ -15,6 +15,10 @@ from megatron_opd.config.objective import ObjectiveConfig
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.section import Count, LocalPath, Name, PositiveInt, PositiveWeight, Section
 
+PayloadKind = Literal["hidden_states", "logits", "topk", "sampled"]
+SERVED_KINDS: tuple[PayloadKind, ...] = ("topk", "sampled")
+"""Payloads that are log-probs of some ids, at the temperature of the rollouts."""
+
 
 class ParallelConfig(Section):
     """How the models are spread over the processes. Processes needed: tensor * pipeline * context * data."""
@@ -109,7 +113,7 @@ class TeacherConfig(OffloadConfig):
         "section `sglang` says, which give log-probs of single tokens: for policy_gradient or a support, at "
         "temperature 1 or renormalized.",
     )
-    payload: Literal["hidden_states", "logits", "topk", "sampled"] = Field(
+    payload: PayloadKind = Field(
         "hidden_states",
         description="What the engine megatron hands over of each response token. hidden_states: for every objective. "
         "logits: of the whole vocabulary, for debugging. topk: log-probs of the sampled token and of its "

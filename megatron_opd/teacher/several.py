@@ -2,47 +2,38 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.payload import Mixture, Part, PayloadKind, TeacherPayload
+from megatron_opd.teacher.payload import Mixture, Part, TeacherPayload
 from megatron_opd.teacher.relaid import RelaidTeacher
-from megatron_opd.teacher.separate import SeparateTeacher
-
-
-class Asked(NamedTuple):
-    """What several teachers are asked about."""
-
-    microbatches: Sequence[Microbatch]  # this rank's
-    whole: Sequence[Sequence[Microbatch]]  # the whole ones of all of the student's data-parallel ranks
-    routes: Sequence[str]  # the teacher of the i-th of each rank; not read where all score
+from megatron_opd.teacher.teacher import Asked, Teacher
 
 
 @dataclass(frozen=True)
-class SeveralTeachers:
+class SeveralTeachers(Teacher):
     """Teachers by name, all in one layout. `weights` sum to 1 over them; None: every microbatch has one teacher."""
 
     teachers: Mapping[str, MegatronTeacher | RelaidTeacher]
     weights: Mapping[str, float] | None = None
 
-    def __str__(self) -> str:
+    def described(self) -> str:
+        """Which there are, how they are used, and their layouts where these are their own."""
         if self.weights is None:
             each = f"{', '.join(self.teachers)}, one a prompt"
         else:
             each = ", ".join(f"{name} {weight:.3g}" for name, weight in self.weights.items())
-        layouts = {str(one.layouts) for one in self.teachers.values() if isinstance(one, RelaidTeacher)}
+        layouts = {teacher.described() for teacher in self.teachers.values()} - {""}
         return ": ".join([each, *layouts])
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> Sequence[str]:
         """Of all teachers."""
         return list(self.teachers)
 
-    def score(self, asked: Asked, kind: PayloadKind | None = None) -> list[Mixture | None]:
+    def score(self, asked: Asked) -> list[Mixture | None]:
         """One mixture a microbatch of this rank's on the student's last stage, None on its others.
 
         Each teacher forwards its own microbatches alone, one teacher after the other; one that has none forwards
@@ -54,9 +45,7 @@ class SeveralTeachers:
             if not mine:
                 continue
             weight = 1.0 if self.weights is None else self.weights[name]
-            theirs = [[rank[i] for i in mine] for rank in asked.whole]
-            payloads = score(teacher, [asked.microbatches[i] for i in mine], theirs, kind)
-            for i, payload in zip(mine, payloads, strict=True):
+            for i, payload in zip(mine, teacher.score(asked.only(mine)), strict=True):
                 if payload is not None:
                     parts[i].append(Part(name, weight, payload))
         return [Mixture(tuple(each)) if each else None for each in parts]
@@ -67,15 +56,3 @@ class SeveralTeachers:
         """What the objective reads of a part of a mixture. Last stage only, no collectives."""
         assert isinstance(payload, Part)
         return self.teachers[payload.teacher].distribution(payload.payload, chunked=chunked)
-
-
-def score(
-    teacher: MegatronTeacher | RelaidTeacher | SeparateTeacher,
-    microbatches: Sequence[Microbatch],
-    whole: Sequence[Sequence[Microbatch]],
-    kind: PayloadKind | None = None,
-) -> list[TeacherPayload | None]:
-    """What `teacher.score` returns, asked about this rank's microbatches or the `whole` ones of all, as it wants."""
-    if isinstance(teacher, MegatronTeacher):
-        return teacher.score(microbatches, kind)
-    return teacher.score(whole, kind)

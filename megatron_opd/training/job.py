@@ -34,15 +34,11 @@ from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
 from megatron_opd.rollout.stream import RolloutStream
-from megatron_opd.teacher.dealing import payloads_for_student, rows_for
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.payload import PayloadKind, TeacherPayload
-from megatron_opd.teacher.relaid import RelaidTeacher
-from megatron_opd.teacher.separate import SeparateTeacher
-from megatron_opd.teacher.several import Asked, SeveralTeachers, score
-from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.payload import TeacherPayload
+from megatron_opd.teacher.teacher import Asked, Teacher
 from megatron_opd.training.average import WeightAverage
-from megatron_opd.training.models import TrainingTeacher, load_models
+from megatron_opd.training.models import load_models
 from megatron_opd.training.per_teacher import per_teacher
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.score import likeliest_ids, sampled_logprobs
@@ -61,7 +57,7 @@ class Job:
     device: torch.device
     architecture: Architecture
     student: Student
-    teacher: TrainingTeacher
+    teacher: Teacher
     served: ServedModel | None  # what a teacher behind servers is
     average: WeightAverage | None  # what the teacher becomes, if it follows the student
     reference: MegatronTeacher | None
@@ -82,16 +78,13 @@ class Job:
             f"{self.device.type}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         )
         engine = "attention is transformer-engine's; the other layers are megatron-core's own"
-        own = []
-        if isinstance(self.teacher, RelaidTeacher | SeparateTeacher):
-            own = [f"teacher: {self.teacher.layouts}"]
-        elif isinstance(self.teacher, SeveralTeachers):
-            own = [f"teachers: {self.teacher}"]
+        described = self.teacher.described()
+        role = "teachers" if self.teacher.names else "teacher"
         return [
             *([engine] if uses_transformer_engine(DTYPES[self.config.precision]) else []),
             *self.texts.notes,
             f"{begin}: {self.layout}, {self.config.precision} on {device}; {len(self.texts.training.prompts)} prompts",
-            *own,
+            *([f"{role}: {described}"] if described else []),
         ]
 
     def draw(
@@ -146,34 +139,25 @@ class Job:
         ]
         return Update(mine, UpdateScale.of(packed), [None] * len(mine), whole=packed, routes=routes)
 
-    def teacher_payloads(self, update: Update) -> Sequence[TeacherPayload | None]:
-        """What the teacher says of an update: all of it, or what the objective reads and servers give."""
-        section = self.config.objective
-        if not isinstance(self.teacher, SGLangTeacher):
-            return _megatron_payloads(self.teacher, update)
-        if not section.support.startswith("student_topk"):
-            return self._for_student(self.teacher.score(update.for_teacher), update)
-        student = self.student
-        ids = likeliest_ids(
-            student.ddps,
-            student.chunks[-1],
-            update.microbatches,
-            self.groups,
-            k=section.k,
-            vocab_size=self.texts.vocab_size,
-            chunk_size=section.head_chunk,
-        )
-        if self.groups.cp.size() > 1:
-            ids = [
-                None if each is None else rows_for(read.for_teacher, read, [each], self.groups.cp)[0]
-                for each, read in zip(ids, update.microbatches, strict=True)
-            ]
-        return self._for_student(self.teacher.score(update.for_teacher, ids), update)
-
-    def _for_student(
-        self, payloads: Sequence[TeacherPayload | None], update: Update
+    def teacher_payloads(
+        self, update: Update, *, evaluation: bool = False
     ) -> Sequence[TeacherPayload | None]:
-        return payloads_for_student(payloads, update.microbatches, self.groups.cp)
+        """What the teacher says of an update; in an evaluation what plain reverse KL is measured with."""
+        read = self.config.objective.support.startswith("student_topk") and not evaluation
+        ids = partial(self._student_ids, update.microbatches) if read else None
+        return self.teacher.score(Asked(update.microbatches, update.whole, update.routes, evaluation, ids))
+
+    def _student_ids(self, microbatches: Sequence[Microbatch]) -> list[Tensor | None]:
+        settings = self.config.objective
+        return likeliest_ids(
+            self.student.ddps,
+            self.student.chunks[-1],
+            microbatches,
+            self.groups,
+            k=settings.k,
+            vocab_size=self.texts.vocab_size,
+            chunk_size=settings.head_chunk,
+        )
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if not self.objective.objective.reads_old_logprobs:
@@ -209,17 +193,14 @@ class Job:
 
         A teacher with prompts of its own reads them here too, and one that follows the student is as it is now.
         """
-        heldout = self.packed(rollouts)
         temperature = self.config.rollout.temperature
-        payloads: Sequence[TeacherPayload | None]
-        if isinstance(self.teacher, SGLangTeacher):
+        if self.teacher.gives_distributions:
+            name, measure = "reverse_kl", Objective(temperature=temperature)
+        else:
             name = "reverse_kl_sampled"
             measure = Objective("policy_gradient", temperature=temperature, served_at=1.0)
-            payloads = self._for_student(self.teacher.score(heldout.for_teacher, k=0), heldout)
-        else:
-            name, measure = "reverse_kl", Objective(temperature=temperature)
-            payloads = _megatron_payloads(self.teacher, heldout, "hidden_states")
-        heldout = replace(heldout, payloads=payloads)
+        heldout = self.packed(rollouts)
+        heldout = replace(heldout, payloads=self.teacher_payloads(heldout, evaluation=True))
         plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)
         tokens = heldout.scale.loss_tokens
@@ -238,16 +219,6 @@ class Job:
             chunk_size=self.config.objective.head_chunk,
             kept_ids_only=self.config.objective.kept_ids_only,
         )
-
-
-def _megatron_payloads(
-    teacher: MegatronTeacher | RelaidTeacher | SeparateTeacher | SeveralTeachers,
-    update: Update,
-    kind: PayloadKind | None = None,
-) -> Sequence[TeacherPayload | None]:
-    if isinstance(teacher, SeveralTeachers):
-        return teacher.score(Asked(update.for_teacher, update.whole, update.routes), kind)
-    return score(teacher, update.for_teacher, update.whole, kind)
 
 
 def init_distributed() -> torch.device:
@@ -334,7 +305,7 @@ def rollout_engine(
     return LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch)
 
 
-def average_of(config: Config, teacher: TrainingTeacher) -> WeightAverage | None:
+def average_of(config: Config, teacher: Teacher) -> WeightAverage | None:
     """The moving average that the teacher becomes, if it follows the student."""
     if config.teacher.ema is None:
         return None

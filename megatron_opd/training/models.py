@@ -19,9 +19,8 @@ from megatron_opd.teacher.relaid import Reader, RelaidTeacher
 from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.teacher.several import SeveralTeachers
 from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.teacher import Teacher
 from megatron_opd.training.relay import Relay
-
-TrainingTeacher = MegatronTeacher | RelaidTeacher | SeparateTeacher | SGLangTeacher | SeveralTeachers
 
 
 def load_models(
@@ -31,7 +30,7 @@ def load_models(
     groups: ProcessGroupCollection,
     device: torch.device,
     relay: Relay | None = None,
-) -> tuple[list[GPT], TrainingTeacher, MegatronTeacher | None]:
+) -> tuple[list[GPT], Teacher, MegatronTeacher | None]:
     """Student, teacher or teachers and, where there is one, reference with their weights, in one layout.
 
     A teacher in a layout of its own has `relay`. Nothing is loaded of a teacher behind servers. The vocabularies of
@@ -49,7 +48,7 @@ def load_models(
         chunks = load(checked.teacher, config.teacher.folder)
         return megatron_teacher(config, checked, chunks, groups)
 
-    teacher: TrainingTeacher
+    teacher: Teacher
     if checked.teachers:
         teacher = several_teachers(config, checked, load_teacher)
     elif checked.teacher is None:
@@ -126,10 +125,12 @@ def teacher_in_own_layout(
     """A teacher in its own layout as this rank of the student has it."""
     if relay.separate:
         join_load(config.teacher.folder)
-        reading = reader(config, checked, groups, device)
-        return SeparateTeacher(relay.layouts, reading, relay.messages, relay.orders)
+        reader = build_reader(config, checked, groups, device)
+        return SeparateTeacher(relay.layouts, reader, relay.payload_group, relay.orders)
     model = own_model(config, checked, relay, device)
-    return RelaidTeacher(model, relay.layouts, reader(config, checked, groups, device), relay.messages)
+    return RelaidTeacher(
+        model, relay.layouts, build_reader(config, checked, groups, device), relay.payload_group
+    )
 
 
 def load_separate(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
@@ -150,7 +151,9 @@ def own_model(config: Config, checked: Checked, relay: Relay, device: torch.devi
     return megatron_teacher(config, checked, chunks, relay.groups, lends_head=False)
 
 
-def reader(config: Config, checked: Checked, groups: ProcessGroupCollection, device: torch.device) -> Reader:
+def build_reader(
+    config: Config, checked: Checked, groups: ProcessGroupCollection, device: torch.device
+) -> Reader:
     """What this rank of the student reads payloads with: on the last stage the teacher's head, where it is needed."""
     arch, tp = checked.teacher, groups.tp
     assert arch is not None

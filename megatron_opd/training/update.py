@@ -24,8 +24,8 @@ from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits, Objective, TokenStats
 from megatron_opd.parallel.schedule import run_schedule
-from megatron_opd.teacher.payload import Mixture, Teacher, TeacherPayload, weight_of
-from megatron_opd.teacher.several import SeveralTeachers
+from megatron_opd.teacher.payload import Mixture, TeacherPayload, weight_of
+from megatron_opd.teacher.teacher import Teacher
 from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, step_agreement
 from megatron_opd.training.per_teacher import add_sums, is_of_one, per_teacher, sum_names
 
@@ -62,11 +62,6 @@ class Update:
     moved: bool = False  # the student moves after it was scored and before this update
     whole: Sequence[Sequence[Microbatch]] = ()  # the whole microbatches of all data-parallel ranks
     routes: Sequence[str] = ()  # of routed prompts, each microbatch's teacher
-
-    @property
-    def for_teacher(self) -> list[Microbatch]:
-        """What the teacher reads of them."""
-        return [microbatch.for_teacher for microbatch in self.microbatches]
 
     def rows(self) -> list[tuple[Microbatch, Any, Tensor | None, Tensor | None]]:
         """(microbatch, payload, old log-probs, reference log-probs), one a microbatch."""
@@ -212,9 +207,8 @@ class ObjectivePass:
 
         Of `MAXIMA` it is the largest.
         """
-        teachers = self.teacher.names if isinstance(self.teacher, SeveralTeachers) else []
         of_objective = self.objective.sum_names
-        names = (*of_objective, *SUMS, *sum_names(teachers, of_objective))
+        names = (*of_objective, *SUMS, *sum_names(self.teacher.names, of_objective))
         total = torch.zeros(len(names), dtype=torch.float64, device=next(self.gpt.parameters()).device)
         largest = total.new_zeros(len(MAXIMA))
         nothing = total.new_zeros(())  # a teacher that did not score this microbatch

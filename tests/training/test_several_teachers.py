@@ -20,8 +20,7 @@ from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import build_groups
 from megatron_opd.preflight import check_models
-from megatron_opd.teacher.several import Asked, SeveralTeachers, score
-from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.teacher import Asked
 from megatron_opd.training.models import load_models
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import build_student
@@ -118,17 +117,12 @@ def observe(case: Case, folder: Path, rollouts: Sequence[Rollout]) -> Found:
     whole, routes = pack_by_route(rollouts, pack_one)
     mine = [each.shard(groups.cp.rank(), groups.cp.size()) for each in whole[groups.dp.rank()]]
 
-    def payloads(kind: Any = None) -> Any:
-        if isinstance(teacher, SeveralTeachers):
-            return teacher.score(Asked(mine, whole, routes), kind)
-        assert not isinstance(teacher, SGLangTeacher)
-        return score(teacher, mine, whole, kind)
-
-    update = Update(mine, UpdateScale.of(whole), payloads(), routes=routes)
+    asked = Asked(mine, whole, routes)
+    update = Update(mine, UpdateScale.of(whole), teacher.score(asked))
     student.zero_grad()
     sums = run.run(student.ddps, update)
     plain = replace(run, objective=Objective())
-    evaluation = replace(update, payloads=payloads("hidden_states"))
+    evaluation = replace(update, payloads=teacher.score(replace(asked, evaluation=True)))
     sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True)["reverse_kl"]
     return sums, TinyRun(layout, groups, checked.student, student, run).gradients(), routes
 
