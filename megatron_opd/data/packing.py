@@ -92,6 +92,7 @@ def pack(
     alignment: int = 1,
     count_multiple: int = 1,
     loss_mask: LossMask | None = None,
+    starts: Sequence[int] | None = None,
 ) -> list[list[Microbatch]]:
     """Deal the rollouts to the data-parallel ranks and pack each rank's share into microbatches.
 
@@ -104,6 +105,8 @@ def pack(
     Rollouts without a loss position are left out. Where rollouts have a prompt of the teacher's own, the microbatches
     have a `teacher`, which keeps to the budget too.
 
+    `starts` are those of `response_starts` in a longer list that these rollouts are taken from (None: this list).
+
     Raises UserError naming `training.microbatch_tokens` when the budget is less than one rollout or than the
     alignment.
     """
@@ -112,10 +115,10 @@ def pack(
             f"training.microbatch_tokens = {token_budget} is too small for this parallel layout; set it to "
             f"{alignment} or more"
         )
-    starts = accumulate((len(rollout.response_ids) for rollout in rollouts), initial=0)
+    starts = response_starts(rollouts) if starts is None else starts
     masked = [
         _Member(rollout, (loss_mask or LossMask()).of(rollout), start)
-        for rollout, start in zip(rollouts, starts, strict=False)
+        for rollout, start in zip(rollouts, starts, strict=True)
     ]
     kept = [member for member in masked if any(member.mask)]
     for_teacher = [member._replace(rollout=_with_teacher_prompt(member.rollout)) for member in kept]
@@ -139,6 +142,11 @@ def pack(
         return replace(student, teacher=_build([for_teacher[i] for i in members], alignment))
 
     return [[build(members) for members in _spread(bins, lengths, count)] for bins in bins_by_rank]
+
+
+def response_starts(rollouts: Sequence[Rollout]) -> list[int]:
+    """How many response tokens the rollouts before each of them have."""
+    return list(accumulate((len(rollout.response_ids) for rollout in rollouts), initial=0))[:-1]
 
 
 def count_loss_tokens(microbatches: Iterable[Microbatch]) -> int:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -109,12 +110,19 @@ def _draw(panel: Panel, *, titled: bool) -> Figure:
 def _draw_line(axes: Axes, line: Line) -> None:
     colour = COLOURS[line.run % len(COLOURS)]
     markers = line.markers_only or len(line.x) <= CROWDED
-    settings = {"color": colour, "linestyle": "" if line.markers_only else line.style, "label": line.label}
+    settings: dict[str, Any] = {
+        "color": colour,
+        "linestyle": "" if line.markers_only else line.style,
+        "label": line.label,
+    }
     if line.curve and len(line.x) > LONG:
         axes.plot(line.x, line.y, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(line.x, _smoothed(line.y), linewidth=1.6, **settings)
         return
-    marker = {"marker": "D" if line.markers_only else "o", "markersize": 4.5 if line.markers_only else 2.6}
+    marker: dict[str, Any] = {
+        "marker": "D" if line.markers_only else "o",
+        "markersize": 4.5 if line.markers_only else 2.6,
+    }
     axes.plot(line.x, line.y, linewidth=1.5, **settings, **(marker if markers else {}))
 
 
@@ -159,13 +167,17 @@ def _style(axes: Axes, panel: Panel) -> None:
     axes.margins(x=0.03)
     log = axes.get_yscale() == "log"
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    rows = list(enumerate(panel.rows)) or [(place, _plain(place)) for place in _places(low, high, log=log)]
-    columns = list(enumerate(panel.ticks)) or [(x, _plain(x)) for x in _places(left, right, whole=True)]
+    rows: list[tuple[float, str]] = list(enumerate(panel.rows)) or [
+        (place, _plain(place)) for place in _places(low, high, log=log)
+    ]
+    columns: list[tuple[float, str]] = list(enumerate(panel.ticks)) or [
+        (x, _plain(x)) for x in _places(left, right, whole=True)
+    ]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(NullLocator())
         axis.set_minor_locator(NullLocator())
     beside, below = axes.get_yaxis_transform(), axes.get_xaxis_transform()
-    settings = {"color": MUTED, "fontsize": 9}
+    settings: dict[str, Any] = {"color": MUTED, "fontsize": 9}
     for y, name in rows:
         axes.text(-0.015, y, name, transform=beside, ha="right", va="center", **settings)
     for x, name in columns:

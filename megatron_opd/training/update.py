@@ -25,8 +25,10 @@ from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits, Objective, TokenStats
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.report.positions import Diagnostics
-from megatron_opd.teacher.payload import Teacher, TeacherPayload
+from megatron_opd.teacher.payload import Mixture, TeacherPayload, weight_of
+from megatron_opd.teacher.teacher import Teacher
 from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, step_agreement
+from megatron_opd.training.per_teacher import add_values, is_of_one, own_sums, per_teacher, sum_names
 from megatron_opd.training.positions import (
     TRACED_TOKENS,
     PositionSums,
@@ -67,17 +69,13 @@ class Update:
     reference_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: there is no reference
     moved: bool = False  # the student moves after it was scored and before this update
     whole: Sequence[Sequence[Microbatch]] = ()  # the whole microbatches of all data-parallel ranks
+    routes: Sequence[str] = ()  # of routed prompts, each microbatch's teacher
     lengths: Sequence[int] = ()  # response tokens of its first rollouts, whose tokens are recorded one by one
 
     @property
     def traced(self) -> int:
         """How many tokens that are."""
         return min(sum(self.lengths), TRACED_TOKENS)
-
-    @property
-    def for_teacher(self) -> list[Microbatch]:
-        """What the teacher reads of them."""
-        return [microbatch.for_teacher for microbatch in self.microbatches]
 
     def rows(self) -> list[tuple[Microbatch, Any, Tensor | None, Tensor | None]]:
         """(microbatch, payload, old log-probs, reference log-probs), one a microbatch."""
@@ -104,7 +102,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ObjectivePass:
-    """The objective, the teacher and the student's model and groups: what a pass over microbatches needs."""
+    """The objective, the teachers and the student's model and groups: what a pass over microbatches needs."""
 
     gpt: GPT  # the student's last chunk of this rank: on the last stage it has the LM head
     teacher: Teacher
@@ -172,59 +170,69 @@ class ObjectivePass:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss sum, what `_reduce` sums, `MAXIMA`) of one microbatch, on the last stage.
 
-        Logits exist at response tokens only.
+        Logits exist at response tokens only. Of several teachers the loss is the weighted sum of the losses with each
+        of them alone, and so is every value of a token.
         """
         positions_N = microbatch.mask_T.nonzero()[:, 0]
-        drawn_logprob_N = microbatch.drawn_logprobs_T[positions_N]
-        stats = self._token_stats(hidden_T1H, microbatch, payload, positions_N, drawn_logprob_N)
-        loss_sum, values = self.objective.loss(
-            stats,
-            positions_N,
-            microbatch.mask_T,
-            microbatch.cu_seqlens,
-            rollout_logprob_N=drawn_logprob_N,
-            old_logprob_N=old_logprob_N,
-            reference_logprob_N=reference_logprob_N,
-            progress=progress,
-            group=self.groups.cp,
+        student = student_logits(
+            self.gpt, hidden_T1H, positions_N, self.groups, chunked=self.head_chunk is not None
         )
+        parts = payload.parts if isinstance(payload, Mixture) else (payload,)
+        losses, values, sums = [], dict[str, Tensor](), dict[str, Tensor]()
+        for part in parts:
+            stats = self._token_stats(student, microbatch, part, positions_N, only=len(parts) == 1)
+            loss, found = self.objective.loss(
+                stats,
+                positions_N,
+                microbatch.mask_T,
+                microbatch.cu_seqlens,
+                rollout_logprob_N=microbatch.drawn_logprobs_T[positions_N],
+                old_logprob_N=old_logprob_N,
+                reference_logprob_N=reference_logprob_N,
+                progress=progress,
+                group=self.groups.cp,
+            )
+            losses.append(weight_of(part) * loss)
+            add_values(values, found, part)
+            sums |= own_sums(found, part, microbatch.mask_T)
         scored_N = stats.student_logprob if old_logprob_N is None and not moved else old_logprob_N
-        rollout_logprob_N = microbatch.rollout_logprobs_T[positions_N]
-        if self.objective.kept_ids_only:
-            rollout_logprob_N = drawn_logprob_N
-        agreed = agreement(scored_N, rollout_logprob_N, self.mismatch_threshold)
-        place_N, length_N = microbatch.place_T[positions_N], microbatch.length_T[positions_N]
-        scalars = [*(values[name].sum() for name in self.positions.names), *(agreed[name] for name in SUMS)]
-        parts = (
-            torch.stack(scalars),
-            self.positions.of(values, place_N, length_N),
+        drawn = self.objective.kept_ids_only
+        rollout_T = microbatch.drawn_logprobs_T if drawn else microbatch.rollout_logprobs_T
+        compared = agreement(scored_N, rollout_T[positions_N], self.mismatch_threshold)
+        sums |= compared | {name: values[name].sum() for name in self.objective.value_names}
+        nothing = values["loss"].new_zeros(())  # of a teacher that did not score this microbatch
+        vectors = (
+            torch.stack([sums.get(name, nothing) for name in self._sum_names]),
+            self.positions.of(values, microbatch.place_T[positions_N], microbatch.length_T[positions_N]),
             token_trace(values, microbatch.number_T[positions_N], traced),
         )
-        return loss_sum, torch.cat(parts), torch.stack([agreed[name] for name in MAXIMA])
+        largest = torch.stack([compared[name] for name in MAXIMA])
+        return torch.stack(losses).sum(), torch.cat(vectors), largest
 
     def _token_stats(
         self,
-        hidden_T1H: Tensor,
+        student: Tensor | LinearLogits,
         microbatch: Microbatch,
         payload: TeacherPayload,
         positions_N: Tensor,
-        drawn_logprob_N: Tensor,
+        *,
+        only: bool,
     ) -> TokenStats:
-        """The objective's statistics of each token.
+        """The objective's statistics of each token, against one teacher; `only`: nothing else reads `student`.
 
         With `check`, UserError on every rank of a tensor-parallel group that meets NaN; the launcher ends the others.
         """
         chunked = self.head_chunk is not None
         try:
             return self.objective.token_stats(
-                student_logits(self.gpt, hidden_T1H, positions_N, self.groups, chunked=chunked),
+                student,
                 self.teacher.distribution(payload, chunked=chunked),
                 microbatch.targets_T[positions_N],
-                rollout_logprob_N=drawn_logprob_N,
+                rollout_logprob_N=microbatch.drawn_logprobs_T[positions_N],
                 vocab_size=self.vocab_size,
                 group=self.groups.tp,
                 check=self.check,
-                inplace_backward=True,  # nothing else reads the student's logits
+                inplace_backward=only,
                 chunk_size=self.head_chunk,
                 kept=microbatch.kept_N() if self.objective.kept_ids_only else None,
             )
@@ -238,12 +246,17 @@ class ObjectivePass:
         """What is summed by position."""
         return PositionSums(self.objective.value_names)
 
+    @property
+    def _sum_names(self) -> tuple[str, ...]:
+        of_objective = self.objective.value_names
+        return (*of_objective, *SUMS, *sum_names(self.teacher.names, of_objective))
+
     def _reduce(self, logs: list[tuple[Tensor, Tensor]], traced: int) -> Measured:
         """Sum the microbatches' statistics over pipeline stages (only the last has any) and data x context ranks.
 
         Of `MAXIMA` it is the largest.
         """
-        names = (*self.positions.names, *SUMS)
+        names = self._sum_names
         sizes = [len(names), self.positions.size, trace_size(traced)]
         total = torch.zeros(sum(sizes), dtype=torch.float64, device=next(self.gpt.parameters()).device)
         largest = total.new_zeros(len(MAXIMA))
@@ -270,12 +283,13 @@ class Outcome:
 def means_over_tokens(outcomes: Sequence[Outcome], tokens: int) -> dict[str, float]:
     """Per-token means over several updates with `tokens` loss tokens together; empty where there are none.
 
-    Those of `agreement` are over the tokens that could be compared.
+    Those of `agreement` are over the tokens that could be compared, those of several teachers over their own.
     """
     with_tokens = [outcome.measured.sums for outcome in outcomes if outcome.measured is not None]
-    names = [name for name in (with_tokens or [{}])[0] if name not in (*SUMS, *MAXIMA)]
+    others = {name for sums in with_tokens for name in sums if name in (*SUMS, *MAXIMA) or is_of_one(name)}
+    names = [name for name in (with_tokens or [{}])[0] if name not in others]
     means = {name: sum(sums[name] for sums in with_tokens) / tokens for name in names}
-    return means | step_agreement(with_tokens)
+    return means | per_teacher(with_tokens) | step_agreement(with_tokens)
 
 
 def diagnostics_of(
