@@ -30,6 +30,7 @@ from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import means_over_tokens
 from megatron_opd.watch.phases import EVALUATION, ROLLOUT, SAVE, STEP, SYNC, TEACHER
 from megatron_opd.watch.stopping import Stopping
+from megatron_opd.watch.watchdog import Watchdog
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
 
@@ -53,6 +54,7 @@ def learn(config: Config, stopping: Stopping) -> bool:
         save_resolved(config, config.run_dir)
     decode = job.texts.tokenizer.decode
     with (
+        Watchdog(job.phases, config.timeouts.limits, config.run_dir),
         RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log,
         teaching(job, log.say) if start < steps else nullcontext(),
         serving(job, log.say) as publish,
@@ -73,7 +75,8 @@ def learn(config: Config, stopping: Stopping) -> bool:
             export = config.run_dir / "hf" if config.checkpoint.export_hf else None
             if export is not None:
                 architecture, source = job.architecture, config.student.path
-                save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
+                with job.phases(SAVE):
+                    save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
             log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
     if isinstance(job.teacher, SeparateTeacher):
         job.teacher.dismiss(early=done < steps)
@@ -84,7 +87,7 @@ def learn(config: Config, stopping: Stopping) -> bool:
 def take_steps(job: Job, start: int, log: RunLog, publish: Publish, stopping: Stopping) -> int:
     """The steps after `start`, to the last or until a signal stops the run; returns how many are behind it, saved."""
     config, done, steps = job.config, start, job.config.training.steps
-    while done < steps and stopping.agreed(all_ranks(job.groups), job.device) is None:
+    while done < steps and not stops(job, stopping):
         step = done + 1
         try:
             metrics, rollouts = train_step(job, step, publish)
@@ -105,6 +108,12 @@ def take_steps(job: Job, start: int, log: RunLog, publish: Publish, stopping: St
     if start < done < steps and not due(done, config.checkpoint.save_every, steps):
         save(job, done)
     return done
+
+
+def stops(job: Job, stopping: Stopping) -> bool:
+    """Whether a signal stops the run here, on every rank alike. Collective over the student's ranks."""
+    with job.phases(STEP):
+        return stopping.agreed(all_ranks(job.groups), job.device) is not None
 
 
 def due(step: int, every: int, steps: int) -> bool:

@@ -5,13 +5,16 @@ is not a number, 1.0 is not an integer. A token is a token of the student's toke
 `~`; relative paths are relative to the current directory, not to the file that names them.
 """
 
-from typing import Literal
+from datetime import timedelta
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from megatron_opd.config.objective import ObjectiveConfig
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
+
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class ParallelConfig(Section):
@@ -214,6 +217,40 @@ class CheckpointConfig(Section):
     export_hf: bool = Field(True, description="Write the final student as a Hugging Face folder too.")
 
 
+class TimeoutsConfig(Section):
+    """Seconds that a part of a step may take before the run ends as stuck, with the stacks of all processes.
+
+    Time in which a process waits for others counts. Generous: what a run does should never come near them.
+    """
+
+    rollout: Seconds = Field(
+        7200.0, description="The rollouts of a step. More than what servers may take: see rollout.sglang."
+    )
+    teacher: Seconds = Field(
+        1800.0, description="The teacher's, the reference's and old log-probs of a step."
+    )
+    step: Seconds = Field(3600.0, description="The updates of a step; a separate teacher is waited for here.")
+    sync: Seconds = Field(1800.0, description="New weights for servers, whose start the first one includes.")
+    evaluation: Seconds = Field(7200.0, description="Held-out rollouts and their reverse KL.")
+    save: Seconds = Field(3600.0, description="A checkpoint, and the export of the last one.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Phase -> seconds. `orders`: those in which a separate teacher waits for the student, which does all else."""
+        phases: dict[str, float] = self.model_dump()
+        return phases | {"orders": sum(phases.values())}
+
+    @property
+    def idle(self) -> timedelta:
+        """What passes until a separate teacher's next order at most."""
+        return timedelta(seconds=self.limits["orders"] + 300)
+
+    @property
+    def collective(self) -> timedelta:
+        """What a collective may take: longer than any phase, so that it is the phase that is named."""
+        return timedelta(seconds=max(self.model_dump().values()) + 300)
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -236,6 +273,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
 
     @property
     def teacher_prompt_tokens(self) -> int:

@@ -15,6 +15,7 @@ from megatron_opd.teacher.payload import Awaited, PayloadKind, TeacherPayload
 from megatron_opd.teacher.relaid import Reader
 from megatron_opd.teacher.transport import Layouts, by_number, in_order
 from megatron_opd.teacher.window import WINDOW, Inbox, Outbox
+from megatron_opd.watch.phases import ORDERS, SAVE, TEACHER, Phases
 
 
 class SeparateTeacher:
@@ -94,6 +95,7 @@ def serve(
     save: Callable[[int], None],
     *,
     device: torch.device,
+    phases: Phases,
     window: int = WINDOW,
 ) -> bool:
     """What every rank of the teacher does until it is dismissed. `save(step)` takes part in writing a checkpoint.
@@ -102,11 +104,15 @@ def serve(
     """
     outbox = Outbox(group, window)
     while True:
-        match orders.take():
-            case Score() as order:
-                _score(order, model, layouts, outbox, device)
+        with phases(ORDERS):
+            order = orders.take()
+        match order:
+            case Score():
+                with phases(TEACHER):
+                    _score(order, model, layouts, outbox, device)
             case Save(step):
-                save(step)
+                with phases(SAVE):
+                    save(step)
             case Stop(early):
                 outbox.flush()
                 return not early

@@ -6,6 +6,7 @@ Configuration and files are checked first, then process groups are made, then we
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from megatron_opd.models.attention import uses_transformer_engine
 from megatron_opd.models.gpt import DTYPES, GPT
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
-from megatron_opd.parallel.groups import TIMEOUT, ParallelLayout, build_groups
+from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.preflight import Checked, check_before_start, check_offload
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
@@ -244,7 +245,7 @@ class Job:
         )
 
 
-def init_distributed() -> torch.device:
+def init_distributed(timeout: timedelta) -> torch.device:
     """Join the processes that the launcher started (or be the only one); returns this rank's device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -253,9 +254,9 @@ def init_distributed() -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
 
 
@@ -272,9 +273,10 @@ def set_up(config: Config, stop_requested: Callable[[], bool] = never) -> Job:
     if os.environ.get("RANK", "0") == "0":
         hold(config.run_dir)
     cpu.install()
-    device = init_distributed()
-    groups = build_groups(layout)
-    chunks, teacher, reference = load_models(config, checked, layout, groups, device, Relay.of(checked))
+    device = init_distributed(config.timeouts.collective)
+    groups = build_groups(layout, timeout=config.timeouts.collective)
+    relay = Relay.of(checked, config.timeouts)
+    chunks, teacher, reference = load_models(config, checked, layout, groups, device, relay)
     student = build_student(
         chunks, config.optimizer, groups, precision=config.precision, steps=config.training.steps
     )

@@ -16,7 +16,9 @@ from megatron_opd.training.job import init_distributed
 from megatron_opd.training.models import load_separate
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import join_build
+from megatron_opd.watch.phases import Phases
 from megatron_opd.watch.stopping import Stopping
+from megatron_opd.watch.watchdog import Watchdog
 
 
 def only_teaches(config: Config) -> bool:
@@ -36,9 +38,9 @@ def teach(config: Config, stopping: Stopping) -> bool:
     check_offload(config)
     checked = check_before_start(config, int(os.environ["WORLD_SIZE"]))
     cpu.install()
-    device = init_distributed()
-    groups = build_groups(layout_of(checked.parallel))
-    relay = Relay.of(checked)
+    device = init_distributed(config.timeouts.collective)
+    groups = build_groups(layout_of(checked.parallel), timeout=config.timeouts.collective)
+    relay = Relay.of(checked, config.timeouts)
     assert relay is not None and relay.orders is not None
     model = load_separate(config, checked, relay, device)
     join_build()
@@ -48,7 +50,12 @@ def teach(config: Config, stopping: Stopping) -> bool:
     if newest is not None:
         join_load(newest)
     stopping.begin()
-    finished = serve(model, relay.layouts, relay.messages, relay.orders, store.join_save, device=device)
+    phases, limits = Phases(), config.timeouts.limits
+    limits["teacher"] += limits["step"]  # which takes the payloads one by one
+    with Watchdog(phases, limits, config.run_dir):
+        finished = serve(
+            model, relay.layouts, relay.messages, relay.orders, store.join_save, device=device, phases=phases
+        )
     stopping.leave()
     dist.destroy_process_group()
     return finished
