@@ -143,7 +143,8 @@ def test_ctrl_c_saves_and_again_ends_at_once(inputs: Path, tmp_path: Path) -> No
             command("train", config, *arguments), stderr=subprocess.PIPE, text=True, preexec_fn=listening
         )
         try:
-            deadline = time.monotonic() + 120
+            wait_for_step(process, run_dir, 1)  # the second command finds it there
+            deadline = time.monotonic() + 200
             while not saves_at_a_signal(psutil.Process(process.pid)):
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.05)
