@@ -20,7 +20,6 @@ from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.sharded import RolloutsStopped
 from megatron_opd.rollout.stream import staleness
-from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
@@ -78,8 +77,7 @@ def learn(config: Config, stopping: Stopping) -> bool:
                 with job.phases(SAVE):
                     save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
             log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
-    if isinstance(job.teacher, SeparateTeacher):
-        job.teacher.dismiss(early=done < steps)
+    job.teacher.finish(early=done < steps)
     dist.destroy_process_group()
     return done == steps
 
@@ -148,7 +146,7 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "rollout_seconds": phases.seconds[ROLLOUT],
         "teacher_seconds": phases.seconds[TEACHER],
         "train_seconds": phases.seconds[STEP],
-        **(job.teacher.waits() if isinstance(job.teacher, SeparateTeacher) else {}),
+        **job.teacher.metrics(),
     }, rollouts
 
 
@@ -162,9 +160,9 @@ def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, floa
         rollouts = drawn(
             lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
         )
-        name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
+        means, tokens = job.heldout_reverse_kl(rollouts)
     return {
-        f"eval/{name}": reverse_kl,
+        **{f"eval/{name}": value for name, value in means.items()},
         "eval/response_tokens": tokens / len(rollouts),
         "eval/seconds": job.phases.seconds[EVALUATION],
     }
@@ -179,8 +177,7 @@ def changes_since(config: Config) -> list[str]:
 def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`: model, optimizer, prompt position, and a teacher that follows the student."""
     state = {"prompts": job.prompts.state_dict()}
-    if isinstance(job.teacher, SeparateTeacher):
-        job.teacher.call_to_save(step)
+    job.teacher.before_save(step)
     with job.phases(SAVE), moving_teacher(job) as teacher:
         job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state, teacher)
 

@@ -54,7 +54,13 @@ def teach(config: Config, stopping: Stopping) -> bool:
     limits["teacher"] += limits["step"]  # which takes the payloads one by one
     with Watchdog(phases, limits, config.run_dir):
         finished = serve(
-            model, relay.layouts, relay.messages, relay.orders, store.join_save, device=device, phases=phases
+            model,
+            relay.layouts,
+            relay.payload_group,
+            relay.orders,
+            store.join_save,
+            device=device,
+            phases=phases,
         )
     stopping.leave()
     dist.destroy_process_group()
