@@ -11,23 +11,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_opd.checkpoint.folders import alike
-from megatron_opd.config.schema import Config, OptimizerConfig
+from megatron_opd.config.schema import Config, OptimizerConfig, PayloadKind
 from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import build_groups
 from megatron_opd.preflight import check_models
-from megatron_opd.teacher.payload import Awaited, PayloadKind, TeacherPayload
+from megatron_opd.teacher.payload import Awaited, TeacherPayload
 from megatron_opd.teacher.separate import SeparateTeacher, serve
 from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.teacher import Asked
 from megatron_opd.training.models import load_models, load_separate
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import Student, build_student, join_build
@@ -122,7 +122,9 @@ class Work:
         length = self.prompt + self.response
         ids = torch.randint(vocab, (self.sequences, length), generator=generator).tolist()
         rollouts = [
-            Rollout(str(row), 0, each[: self.prompt], each[self.prompt :], [-5.0] * self.response, "length", 0)
+            Rollout(
+                str(row), 0, each[: self.prompt], each[self.prompt :], [-5.0] * self.response, "length", 0
+            )
             for row, each in enumerate(ids)
         ]
         return pack(rollouts, dp_size=1, token_budget=2 * length)
@@ -161,7 +163,7 @@ def measure(work: Work) -> dict[str, Found] | None:
                     with alike(dist.group.WORLD):  # as `SGLangTeacher.score`
                         pass
                 else:
-                    serve(model, relay.layouts, relay.messages, relay.orders, _save_nothing, device=CPU)
+                    serve(model, relay.layouts, relay.payload_group, relay.orders, _save_nothing, device=CPU)
             _sent(turn, calls, "send")
         return None
     chunks, teacher, _ = load_models(config, checked, layout, groups, CPU, relay)
@@ -213,7 +215,7 @@ class _Side:
                 with _recorded(turn) as calls:
                     self._step(turn, packed, teacher, found[turn.way.name])
                     if teacher is self.separate:
-                        self.separate.dismiss()
+                        self.separate.finish()
                 asked, answered = _sent(turn, calls, "broadcast")
                 if turn.number == 0:
                     asked, answered = (relay.asked, relay.answered) if turn.way.served else (asked, answered)
@@ -249,12 +251,9 @@ class _Side:
         run = replace(self.objective, objective=turn.way.objective, teacher=teacher)
         self.student.zero_grad()
         began = time.perf_counter()
-        payloads: list[TeacherPayload | None]
-        if isinstance(teacher, SeparateTeacher):
-            payloads = teacher.score(packed, turn.way.kind)
-            payloads = payloads if turn.together else [_arrived(payload) for payload in payloads]
-        else:
-            payloads = [*teacher.score(packed[0])]
+        payloads = teacher.score(_Asked(packed[0], packed, of_kind=turn.way.kind))
+        if teacher is self.separate and not turn.together:
+            payloads = [_arrived(payload) for payload in payloads]
         scored = time.perf_counter()
         scale = UpdateScale.of(packed)
         sums = run.run(self.student.ddps, Update(packed[0], scale, payloads))
@@ -263,10 +262,21 @@ class _Side:
             found.loss = sums["loss"] / scale.loss_tokens
         elif turn.together:
             found.together.append(ended - began)
-            found.waited.append(self.separate.waits()["teacher_wait_seconds"])
+            found.waited.append(self.separate.metrics()["teacher_wait_seconds"])
         else:
             found.teacher.append(scored - began)
             found.train.append(ended - scored)
+
+
+@dataclass(frozen=True)
+class _Asked(Asked):
+    """For payloads of any kind: a run has one."""
+
+    of_kind: PayloadKind = "hidden_states"
+
+    @property
+    def kind(self) -> PayloadKind:
+        return self.of_kind
 
 
 def _arrived(payload: TeacherPayload | None) -> Awaited:

@@ -77,7 +77,9 @@ def in_two_processes(work: Work) -> dict[str, Found]:
     with tempfile.TemporaryDirectory() as folder:
         receiving, sending = context.Pipe(duplex=False)
         both = [
-            context.Process(target=_process, args=(rank, f"file://{folder}/store", work, sending), daemon=True)
+            context.Process(
+                target=_process, args=(rank, f"file://{folder}/store", work, sending), daemon=True
+            )
             for rank in range(2)
         ]
         for process in both:
