@@ -22,7 +22,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from tools.bench.payload_turns import WAYS, Found, K, Work, measure
 from tools.bench.weight_sync import start_servers
 
 SHAPES = {"SmolLM2-135M": (49152, 576), "Qwen3-0.6B": (151936, 1024), "Qwen3-8B": (151936, 4096)}
-SMALLEST = (4, 16, 32, 1)  # sequences, tokens of a prompt and of a response, rounds
 ALIKE = 1e-3  # of losses that are the same whoever is the teacher, relative
 
 
@@ -145,6 +144,25 @@ def report(name: str, work: Work, found: dict[str, Found], scale: int) -> dict[s
     return {"vocab": vocab, "hidden": hidden, **{way: asdict(each) for way, each in found.items()}}
 
 
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one pair of models and report it."""
+    with ExitStack() as ending:
+        folder = Path(ending.enter_context(tempfile.TemporaryDirectory()))
+        student, teacher, scale, url = options.student, options.teacher, 1, options.url
+        if teacher is None:
+            vocab, hidden = SHAPES[name]
+            scale = options.scale
+            student, teacher = save_models(folder, vocab // scale, hidden // scale)
+        if options.python is not None:
+            servers = start_servers(options.python, 1, teacher, "fp32", folder / "servers")
+            ending.callback(servers.stop)
+            (url,) = servers.urls
+        work = Work(student, teacher, options.sequences, 32, 96, options.rounds, url)
+        if options.smoke:
+            work = replace(work, sequences=4, prompt=16, response=32, rounds=1)
+        return report(name, work, in_two_processes(work), scale)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -155,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     where.add_argument("--url", help="a server that serves --teacher already")
     parser.add_argument("--student", type=Path, help="Hugging Face folder")
     parser.add_argument("--teacher", type=Path, help="Hugging Face folder; instead of random models")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES], help="of random models")
     parser.add_argument("--scale", type=int, default=4, help="divides the sizes of random models")
     parser.add_argument("--sequences", type=int, default=8, help="of a step, 128 tokens each")
     parser.add_argument("--rounds", type=int, default=3)
@@ -164,25 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (options.teacher is None) != (options.student is None) or (options.url and options.teacher is None):
         parser.error("--student and --teacher go together, and --url needs them")
     os.environ["PYTHONWARNINGS"] = "ignore"  # megatron-core's as it is imported, once a process
-    found = {}
-    names = SHAPES if options.teacher is None else {options.teacher.name: (0, 0)}
-    for name, (vocab, hidden) in names.items():
-        with ExitStack() as ending:
-            folder = Path(ending.enter_context(tempfile.TemporaryDirectory()))
-            scale = options.scale if vocab else 1
-            models = (
-                save_models(folder, vocab // scale, hidden // scale)
-                if vocab
-                else (options.student, options.teacher)
-            )
-            url = options.url
-            if options.python is not None:
-                servers = start_servers(options.python, 1, models[1], "fp32", folder / "servers")
-                ending.callback(servers.stop)
-                (url,) = servers.urls
-            sizes = SMALLEST if options.smoke else (options.sequences, 32, 96, options.rounds)
-            work = Work(*models, *sizes, url)
-            found[name] = report(name, work, in_two_processes(work), scale)
+    names = options.shapes if options.teacher is None else [options.teacher.name]
+    found = {name: measured(name, options) for name in names}
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
