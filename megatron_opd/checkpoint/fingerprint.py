@@ -19,9 +19,9 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, 2)
             found.update(size.to_bytes(8, "little"))
-            for block in range(min(BLOCKS, -(-size // BLOCK_BYTES))):
-                last = max(1, min(BLOCKS, -(-size // BLOCK_BYTES)) - 1)
-                file.seek(max(0, size - BLOCK_BYTES) * block // last)
+            blocks = min(BLOCKS, -(-size // BLOCK_BYTES))
+            for block in range(blocks):
+                file.seek(max(0, size - BLOCK_BYTES) * block // max(1, blocks - 1))
                 found.update(file.read(BLOCK_BYTES))
     return found.hexdigest()
 

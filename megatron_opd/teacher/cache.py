@@ -10,7 +10,7 @@ Shapes: L ids of a sequence, R loss positions of it, N of a whole microbatch.
 
 import hashlib
 import json
-import os
+import secrets
 import sys
 import time
 import zlib
@@ -153,7 +153,7 @@ class PayloadCache:
         ):
             tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
         data = save(tensors, self.source.described | {"crc32": _checksum(tensors)})
-        aside = path.with_name(f".{path.stem}.{os.getpid()}{ASIDE}")
+        aside = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{ASIDE}")
         try:
             path.parent.mkdir(exist_ok=True)
             aside.write_bytes(data)
@@ -179,7 +179,7 @@ class PayloadCache:
         self._written += size
         if self._held is not None and self._held + self._written * self._writers <= self._max_bytes:
             return
-        files = sorted(_files(self._folder))
+        files = sorted(cached_files(self._folder))
         self._held, self._written = sum(size for _, size, _ in files), 0
         if self._held <= self._max_bytes:
             return
@@ -221,7 +221,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{found:08x}"
 
 
-def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
+def cached_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
     """(when it was written, bytes, path) of every whole file; what killed processes have left is deleted."""
     for inner in folder.iterdir():
         if len(inner.name) != 2 or not inner.is_dir():
