@@ -4,9 +4,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.data.loss_mask import LossMask
@@ -15,6 +17,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.teacher import cache as files
 from megatron_opd.teacher.cache import PayloadCache, Segment, Source, read_file, segments_of
 from megatron_opd.teacher.payload import PayloadFormat
+from tests.gloo_pool import GlooPools
 from tests.tiny import recorded_rollouts, with_teacher_prompts
 
 FORM = PayloadFormat("hidden_states", 6, 300, torch.bfloat16)
@@ -174,6 +177,27 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
             os.utime(path, (seconds, seconds))
     cache.write(SEGMENT, rows_of(FORM, 3))
     assert not old.exists() and new.exists(), "another process may still write it"
+
+
+def use_together(folder: Path) -> list[str]:
+    """Write and read the same sequences as the other ranks, with room for a third of them; what went wrong."""
+    wrong: list[str] = []
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(dist.get_rank())).tolist()
+    cache = cache_in(folder, max_bytes=20 * 600)
+    with mock.patch.object(files, "_warn", wrong.append):
+        for n in order * 3:
+            segment = replace(SEGMENT, targets_R=torch.tensor([n, n, n]))
+            cache.write(segment, rows_of(FORM, 3, seed=n))
+            found = cache.read(segment)
+            if found is not None and not torch.equal(found[0], rows_of(FORM, 3, seed=n)[0]):
+                wrong.append(f"{n} is another's")
+    return wrong
+
+
+def test_processes_use_a_folder_together(gloo: GlooPools, tmp_path: Path) -> None:
+    assert gloo(2, use_together, tmp_path) == [[], []]
+    assert 1 < len(list(tmp_path.rglob("*.safetensors"))) < 60
+    assert not list(tmp_path.rglob(f"*{files.ASIDE}"))
 
 
 @pytest.mark.parametrize("alignment", [1, 8])

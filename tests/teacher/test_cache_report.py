@@ -66,9 +66,6 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, err = said(capsys, str(path))
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     path = keep(tmp_path, TOPK, ROWS)
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(b"\xff" * 64)
     assert said(capsys, str(path))[0] == 2
-    assert (
-        "damaged: 1 sequences" in said(capsys, str(tmp_path))[1]
-        or "teacher ffff" in said(capsys, str(tmp_path))[1]
-    )
+    assert "  damaged: 1 sequences" in said(capsys, str(tmp_path))[1]
