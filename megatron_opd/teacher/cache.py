@@ -38,6 +38,13 @@ NAMES = {
     "sampled": ("logprob",),
 }
 """Of the tensors of each kind of payload, in the order of `PayloadFormat.tensors`."""
+DEPENDS_ON = {
+    "hidden_states": (),
+    "logits": ("vocab_size",),
+    "topk": ("vocab_size", "temperature", "k"),
+    "sampled": ("vocab_size", "temperature"),
+}
+"""What else of the format the numbers of each kind depend on."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +59,13 @@ class Source:
     def described(self) -> dict[str, str]:
         """All that a payload depends on besides the sequence, as text."""
         form = self.form
-        of_vocabulary = {
-            "vocab_size": str(form.vocab_size),
-            "k": str(form.k),
-            "temperature": str(form.temperature),
-        }
         return {
             "teacher": self.fingerprint,
             "engine": self.engine,
             "kind": form.kind,
             "dtype": str(form.dtype).removeprefix("torch."),
             "tensors": str([[*trailing, str(dtype)] for trailing, dtype in form.tensors]),
-            **({} if form.kind == "hidden_states" else of_vocabulary),
+            **{name: str(getattr(form, name)) for name in DEPENDS_ON[form.kind]},
         }
 
 

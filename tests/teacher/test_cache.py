@@ -71,11 +71,23 @@ def test_another_source_has_other_files(tmp_path: Path, other: Source) -> None:
     assert cache_in(tmp_path, other).read(SEGMENT) is None
 
 
-@pytest.mark.parametrize("change", [{"k": 4}, {"temperature": 0.5}, {"vocab_size": 299}])
-def test_what_log_probs_depend_on_counts_for_them_alone(tmp_path: Path, change: dict[str, Any]) -> None:
-    hidden, topk = replace(SOURCE, form=replace(FORM, **change)), replace(SOURCE, form=TOPK)
-    assert SEGMENT.key(hidden) == SEGMENT.key(SOURCE)
-    assert SEGMENT.key(replace(topk, form=replace(TOPK, **change))) != SEGMENT.key(topk)
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("hidden_states", set()),
+        ("logits", {"vocab_size"}),
+        ("topk", {"vocab_size", "k", "temperature"}),
+        ("sampled", {"vocab_size", "temperature"}),
+    ],
+)
+def test_what_numbers_depend_on_is_in_the_name(kind: Any, names: set[str]) -> None:
+    form = replace(TOPK, kind=kind)
+    changed = {"vocab_size": 299, "k": 4, "temperature": 0.5}
+    keys = {
+        name: SEGMENT.key(replace(SOURCE, form=replace(form, **{name: value})))
+        for name, value in changed.items()
+    }
+    assert {name for name, key in keys.items() if key != SEGMENT.key(replace(SOURCE, form=form))} == names
 
 
 @pytest.mark.parametrize("name", ["tokens_L", "positions_R", "targets_R"])
