@@ -16,12 +16,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.objectives.kept_ids import KeptIds
 
 TEXT_FIELDS = {"prompt", "response"}  # written for people only
-OPTIONAL_FIELDS = {
-    "drawn_logprobs",
-    "kept_ids",
-    "teacher_prompt_ids",
-    "route",
-}  # written where they say something
+OPTIONAL_FIELDS = {"drawn_logprobs", "kept_ids", "teacher_prompt_ids", "route"}  # where they say something
 
 
 @dataclass(frozen=True)

@@ -263,3 +263,37 @@ def test_a_teacher_without_rollouts_forwards_nothing(gloo: GlooPools, folder: Pa
     for found in gloo(2, observe, case, folder, rollouts_of("a")):
         assert_same(found, *single(case)[0][:2])
         assert set(found[2]) == {"a"} and of_one(found, "b") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("use", "student", "own"),
+    [
+        ({"route_field": "domain"}, {"tensor": 2}, None),
+        ({"weights": {"a": 1.0, "b": 2.0}}, {"data": 2}, {"pipeline": 2}),
+    ],
+    ids=["routed", "mixed"],
+)
+def test_the_student_as_its_teachers_is_no_distance(
+    gloo: GlooPools, folder: Path, use: dict[str, Any], student: Layout, own: Layout | None
+) -> None:
+    case = Case({"paths": {"a": "student", "b": "student"}, **use}, 2, student, own)
+    for sums, gradients, _ in gloo(2, observe, case, folder, rollouts_of("a", "b")):
+        distances = [value for name, value in sums.items() if name.endswith("reverse_kl")]
+        assert len(distances) == 3 and max(map(abs, distances)) / tokens_of("a", "b") < 1e-5
+        assert abs(sums["evaluated"]) / tokens_of("a", "b") < 1e-5
+        assert all(gradient.abs().max() < 1e-5 for gradient in gradients.values())
+
+
+def test_prompts_of_the_teachers_own(gloo: GlooPools, folder: Path) -> None:
+    """With context ranks, whose shares of what a teacher reads hold other response tokens than the student's."""
+    given = [
+        replace(rollout, teacher_prompt_ids=[5 + i] * (i % 4 + 1) + rollout.prompt_ids)
+        for i, rollout in enumerate(rollouts_of("a", "b"))
+    ]
+    (expected,) = gloo(1, observe, Case({"path": "teacher-a"}), folder, given)
+    (without,) = gloo(1, observe, Case({"path": "teacher-a"}), folder, rollouts_of("a", "b"))
+    assert abs(expected[0]["reverse_kl"] - without[0]["reverse_kl"]) > 1e-3
+    for use in ({"route_field": "domain"}, {"weights": {"a": 0.3, "b": 0.7}}):
+        case = Case({"paths": TWICE, **use}, 2, {"context": 2})
+        for found in gloo(2, observe, case, folder, given):
+            assert_same(found, *expected[:2])
