@@ -82,7 +82,7 @@ def test_another_source_has_other_files(tmp_path: Path, other: Source) -> None:
 )
 def test_what_numbers_depend_on_is_in_the_name(kind: Any, names: set[str]) -> None:
     form = replace(TOPK, kind=kind)
-    changed = {"vocab_size": 299, "k": 4, "temperature": 0.5}
+    changed: dict[str, Any] = {"vocab_size": 299, "k": 4, "temperature": 0.5}
     keys = {
         name: SEGMENT.key(replace(SOURCE, form=replace(form, **{name: value})))
         for name, value in changed.items()
