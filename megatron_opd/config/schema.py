@@ -150,6 +150,14 @@ class TeacherConfig(OffloadConfig):
         description="Tokens of a response that a server scores in one request: bounds its memory for log-probs. Read "
         "by the engine sglang.",
     )
+    cache: LocalPath | None = Field(
+        None,
+        description="Folder that keeps what the teacher says of each response: the same response is not scored again, "
+        "in this run or another. All processes have to see it. Evaluations do not use it. null: nothing is kept.",
+    )
+    cache_gb: PositiveWeight = Field(
+        100.0, description="Gigabytes that `cache` may hold, about; then what was written first is deleted."
+    )
 
     @field_validator("path")
     @classmethod

@@ -54,8 +54,8 @@ class SeparateTeacher(Teacher):
         self, payload: TeacherPayload, *, chunked: bool
     ) -> Tensor | LinearLogits | ServedLogprobs:
         """What the objective reads of a payload, once it has arrived, see `Reader.distribution`."""
-        assert isinstance(payload, Awaited)
-        return self._reader.distribution(payload.wait(), chunked=chunked)
+        there = payload.wait() if isinstance(payload, Awaited) else payload
+        return self._reader.distribution(there, chunked=chunked)
 
     def described(self) -> str:
         """Both layouts."""
