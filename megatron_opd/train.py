@@ -5,8 +5,7 @@ rollouts of the next steps while one trains.
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -16,13 +15,13 @@ from megatron_opd.config.load import changed_keys, load_config, save_resolved
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
-from megatron_opd.models.gpt import GPT
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.stream import staleness
 from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
+from megatron_opd.training.saving import Saves, moving_teacher
 from megatron_opd.training.serving import Publish, drawn, serving, unserved
 from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
@@ -47,6 +46,7 @@ def train(config: Config) -> None:
         RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log,
         teaching(job, log.say) if start < steps else nullcontext(),
         serving(job, log.say) as publish,
+        Saves(job) as saves,
     ):
         for line in [*job.notes(start), *(f"changed from step {start} on: {change}" for change in changes)]:
             log.say(line)
@@ -60,16 +60,22 @@ def train(config: Config) -> None:
             metrics["sync_seconds"] = publish(step) if drawing else 0.0
             if job.texts.heldout and due(step, config.evaluation.every, steps):
                 metrics |= evaluate(job, step, publish)
+            metrics["save_seconds"] = saves.take_seconds()
             log.record(step, metrics, rollouts)
             warning = alarm(metrics, config.rollout)
             if warning is not None:
                 log.say(f"step {step}: {warning}")
             if due(step, config.checkpoint.save_every, steps):
-                save(job, step)
+                saves.begin(step)
+            else:
+                saves.advance()
+        saves.finish()
         export = config.run_dir / "hf" if config.checkpoint.export_hf else None
         if export is not None:
             architecture, source = job.architecture, config.student.path
             save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
+        if start < steps:
+            log.say(saves.cost())
         log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
     if isinstance(job.teacher, SeparateTeacher):
         job.teacher.dismiss()
@@ -134,20 +140,6 @@ def changes_since(config: Config) -> list[str]:
     """What differs from the configuration that the run directory was last used with."""
     saved = config.run_dir / "config.yaml"
     return changed_keys(load_config(saved, []), config) if saved.is_file() else []
-
-
-def save(job: Job, step: int) -> None:
-    """Write the checkpoint of `step`: model, optimizer, prompt position, and a teacher that follows the student."""
-    state = {"prompts": job.prompts.state_dict()}
-    if isinstance(job.teacher, SeparateTeacher):
-        job.teacher.call_to_save(step)
-    with moving_teacher(job) as teacher:
-        job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state, teacher)
-
-
-def moving_teacher(job: Job) -> AbstractContextManager[Sequence[GPT]]:
-    """Chunks of the average that the teacher becomes; none where it keeps its weights."""
-    return nullcontext(()) if job.average is None else job.average.as_model()
 
 
 def resume(job: Job) -> int:

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_opd.checkpoint.store import published
+from megatron_opd.checkpoint.published import published
 from megatron_opd.cli import main
 from megatron_opd.data.prompts import PromptStream, load_prompts
 from megatron_opd.data.tokenizer import load_tokenizer

@@ -10,7 +10,7 @@ from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
 from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.orders import Orders, Save, Score, Stop
+from megatron_opd.teacher.orders import Orders, Publish, Save, Score, Stop
 from megatron_opd.teacher.payload import Awaited, PayloadKind, TeacherPayload
 from megatron_opd.teacher.relaid import Reader
 from megatron_opd.teacher.transport import Layouts, by_number, in_order
@@ -76,6 +76,11 @@ class SeparateTeacher:
         if self._orders is not None:
             self._orders.give(Save(step))
 
+    def call_to_publish(self) -> None:
+        """The same of publishing what is being saved."""
+        if self._orders is not None:
+            self._orders.give(Publish())
+
     def dismiss(self) -> None:
         """Let the teacher's ranks end, once they have done everything else. Every student rank calls it."""
         if self._orders is not None:
@@ -89,11 +94,13 @@ def serve(
     group: dist.ProcessGroup,
     orders: Orders,
     save: Callable[[int], None],
+    publish: Callable[[], object],
     *,
     device: torch.device,
     window: int = WINDOW,
 ) -> None:
-    """What every rank of the teacher does until it is dismissed. `save(step)` takes part in writing a checkpoint."""
+    """What every rank of the teacher does until it is dismissed. `save(step)` and `publish()` take part in writing a
+    checkpoint."""
     outbox = Outbox(group, window)
     while True:
         match orders.take():
@@ -101,6 +108,8 @@ def serve(
                 _score(order, model, layouts, outbox, device)
             case Save(step):
                 save(step)
+            case Publish():
+                publish()
             case Stop():
                 outbox.flush()
                 return

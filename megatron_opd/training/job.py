@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_opd.checkpoint.folders import hold
+from megatron_opd.checkpoint.published import Retention
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.config.layout_checks import alignment_of_run
 from megatron_opd.config.schema import Config
@@ -355,7 +356,7 @@ def checkpoint_store(
     """Where the run saves, with what a checkpoint must have in common with the run that loads it."""
     return CheckpointStore(
         config.run_dir / "checkpoints",
-        config.checkpoint.keep_last,
+        Retention(config.checkpoint.keep_last, config.checkpoint.keep_every),
         groups,
         config.student.path,
         identity={

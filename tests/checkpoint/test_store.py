@@ -13,7 +13,8 @@ from megatron.core import dist_checkpointing
 
 from megatron_opd.checkpoint import store as store_module
 from megatron_opd.checkpoint.checksums import first_damaged_file
-from megatron_opd.checkpoint.store import CheckpointStore, published, sharded_state
+from megatron_opd.checkpoint.published import Retention, published
+from megatron_opd.checkpoint.store import CheckpointStore, sharded_state
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
@@ -24,11 +25,12 @@ ONE = ParallelLayout()
 
 
 def _store(run: TinyRun, models: Path, folder: Path, seed: str = "0") -> CheckpointStore:
-    return CheckpointStore(folder, 2, run.groups, models / "student-True", {"seed": seed})
+    return CheckpointStore(folder, Retention(2), run.groups, models / "student-True", {"seed": seed})
 
 
 def _save(run: TinyRun, store: CheckpointStore, step: int) -> Path:
-    return store.save(step, run.student.chunks, run.student.optimizer, {"note": "kept"})
+    store.save(step, run.student.chunks, run.student.optimizer, {"note": "kept"})
+    return store.publish()
 
 
 def _save_and_go_on(
@@ -36,8 +38,11 @@ def _save_and_go_on(
 ) -> list[dict[str, float]]:
     run = build_run(layout, models, **options)
     run.train(range(2))
-    _save(run, _store(run, models, folder), 2)
-    return run.train(range(2, 5))
+    store = _store(run, models, folder)
+    store.save(2, run.student.chunks, run.student.optimizer, {"note": "kept"})
+    curve = run.train(range(2, 5))  # while it is written: what is saved is what was
+    store.publish()
+    return curve
 
 
 def _resume(layout: ParallelLayout, models: Path, folder: Path, **options: Any) -> list[dict[str, float]]:
