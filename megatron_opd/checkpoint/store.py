@@ -131,8 +131,8 @@ class CheckpointStore:
         failure: Exception | None = None
         try:
             known = save.writing.finish()
-        except CheckpointException as error:  # on every rank alike
-            failure = error
+        except CheckpointException as refusal:  # on every rank alike
+            failure = refusal
         except Exception as error:
             raise self._given_up(save.step, error) from error
         else:
@@ -155,7 +155,9 @@ class CheckpointStore:
     def _agree(self, step: int, failure: Exception | None) -> None:
         """Raise on all ranks when rank 0 has found something wrong. 1 broadcast."""
         given_up = None if failure is None else self._given_up(step, failure)
-        found = [given_up if given_up is None or isinstance(given_up, UserError) else RuntimeError("see rank 0")]
+        found = [
+            given_up if given_up is None or isinstance(given_up, UserError) else RuntimeError("see rank 0")
+        ]
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:
             raise (given_up if given_up is not None and dist.get_rank() == 0 else found[0]) from failure

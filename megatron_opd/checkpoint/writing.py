@@ -23,7 +23,13 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from megatron_opd.checkpoint.checksums import checksum
 
-_OURS_TO_HEED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # a run that is stopped waits for its save
+_OURS_TO_HEED = (
+    "SIGINT",
+    "SIGTERM",
+    "SIGHUP",
+    "SIGUSR1",
+    "SIGUSR2",
+)  # a run that is stopped waits for its save
 
 
 class StateWriting:
@@ -35,7 +41,8 @@ class StateWriting:
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, *, all_save: bool) -> None:
-        filesystem_async._results_queue = self._results = queue.Queue()
+        self._results: queue.Queue[Any] = queue.Queue()
+        filesystem_async._results_queue = self._results
         self._request = dist_checkpointing.save(
             state,
             str(folder),

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,15 @@ def wait_for_a_file(path: Path, patch: pytest.MonkeyPatch) -> None:
 
 def tell(store: CheckpointStore, *signals: int) -> None:
     """Send signals to the writers of rank 1."""
-    assert store._under_way is not None
-    for process, _ in store._under_way.writing._writers if dist.get_rank() == 1 else []:
+    for process in writers(store) if dist.get_rank() == 1 else []:
+        assert process.pid is not None
         for each in signals:
             os.kill(process.pid, each)
+
+
+def writers(store: CheckpointStore) -> list[ForkProcess]:
+    assert store._under_way is not None
+    return [process for process, _ in store._under_way.writing._writers]
 
 
 def fail(models: Path, folder: Path, signals: list[int]) -> str:
@@ -115,7 +121,7 @@ def abandoned(models: Path, folder: Path) -> list[int | None]:
     with pytest.MonkeyPatch.context() as patch:
         store = begun(models, folder, patch, lambda patch: wait_for_a_file(folder / "never", patch))
     store.abandon()
-    return [process.exitcode for process, _ in store._under_way.writing._writers]
+    return [process.exitcode for process in writers(store)]
 
 
 def test_a_run_that_fails_leaves_no_writer_behind(gloo, models, tmp_path):

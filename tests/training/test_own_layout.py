@@ -108,7 +108,9 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
         model = load_separate(config, checked, relay, device)
         join_build()
         assert relay.orders is not None
-        serve(model, relay.layouts, relay.messages, relay.orders, lambda step: None, lambda: None, device=device)
+        serve(
+            model, relay.layouts, relay.messages, relay.orders, lambda step: None, lambda: None, device=device
+        )
         return None
     chunks, teacher, _ = load_models(config, checked, layout, groups, device, relay)
     settings = OptimizerConfig(
