@@ -126,41 +126,46 @@ class CheckpointStore:
         Raises UserError, with the earlier checkpoints untouched, when something of it could not be written.
         """
         assert self._under_way is not None
-        save, self._under_way = self._under_way, None
+        save = self._under_way
         final = folder_of_step(self.folder, save.step)
-        failure: Exception | None = None
-        try:
-            known = save.writing.finish()
-        except CheckpointException as refusal:  # on every rank alike
-            failure = refusal
-        except Exception as error:
-            raise self._given_up(save.step, error) from error
-        else:
-            known = merged(known)
-            if dist.get_rank() == 0:
-                try:
-                    aside = aside_of_step(self.folder, save.step)
-                    publish(aside, final, self.model_folder, save.run_state, known)
-                    self.retention.apply(self.folder)
-                except Exception as error:
-                    failure = error
+        failure = self._complete(save, final)
+        self._under_way = None
         self._agree(save.step, failure)
         return final
+
+    def _complete(self, save: _Save, final: Path) -> BaseException | None:
+        """Returns what went wrong if rank 0 knows it, or every rank."""
+        try:
+            known = save.writing.finish()
+        except CheckpointException as error:
+            return error
+        except Exception as error:
+            raise self._given_up(save.step, error) from error
+        known = merged(known)
+        if dist.get_rank() == 0:
+            try:
+                aside = aside_of_step(self.folder, save.step)
+                publish(aside, final, self.model_folder, save.run_state, known)
+                self.retention.apply(self.folder)
+            except Exception as error:
+                return error
+        return None
 
     def abandon(self) -> None:
         """Stop writing; not collective, for a rank that ends by an error."""
         if self._under_way is not None:
             self._under_way.writing.abandon()
 
-    def _agree(self, step: int, failure: Exception | None) -> None:
+    def _agree(self, step: int, failure: BaseException | None) -> None:
         """Raise on all ranks when rank 0 has found something wrong. 1 broadcast."""
-        given_up = None if failure is None else self._given_up(step, failure)
-        found = [
-            given_up if given_up is None or isinstance(given_up, UserError) else RuntimeError("see rank 0")
-        ]
+        mine = None if failure is None else self._given_up(step, failure)
+        told = (
+            mine if mine is None or isinstance(mine, UserError) else RuntimeError(f"step {step}: see rank 0")
+        )
+        found = [told]
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:
-            raise (given_up if given_up is not None and dist.get_rank() == 0 else found[0]) from failure
+            raise (mine if mine is not None and dist.get_rank() == 0 else found[0]) from failure
 
     @property
     def _all_save(self) -> bool:
@@ -187,7 +192,7 @@ class CheckpointStore:
             f"the same command again to resume (checkpoints kept: {kept})"
         )
 
-    def _given_up(self, step: int, error: Exception) -> Exception:
+    def _given_up(self, step: int, error: BaseException) -> BaseException:
         """Remove what was written; a full disk or a refused write is a UserError, anything else is `error` itself."""
         if dist.get_rank() == 0:
             shutil.rmtree(aside_of_step(self.folder, step), ignore_errors=True)
