@@ -15,6 +15,7 @@ SGLang is found through MEGATRON_OPD_SGLANG, the path of its interpreter. Exit c
 
 import argparse
 import json
+import logging
 import os
 import random
 import subprocess
@@ -46,6 +47,7 @@ PROMPTS, SAMPLES, PROMPT_TOKENS = 4, 2, 32  # of a step; tokens at most
 IN_START_UP = 0.25  # share of the kills
 END_WITHIN = 120.0  # seconds in which what a killed run has started has to be gone
 TIMINGS = ("_seconds", "/seconds")
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every step that was purged
 
 
 @dataclass
