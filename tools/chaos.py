@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ from tests.tiny import save_tiny_model
 
 PROMPTS, SAMPLES, PROMPT_TOKENS = 4, 2, 32  # of a step; tokens at most
 IN_START_UP = 0.25  # share of the kills
+DEADLY = (
+    "launcher",
+    "rank",
+)  # no run goes on without; one may go on without a server, or until its save is due
 END_WITHIN = 120.0  # seconds in which what a killed run has started has to be gone
 TIMINGS = ("_seconds", "/seconds")
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every step that was purged
@@ -58,9 +63,10 @@ class Kill:
     seconds: float  # since the command was given
     step: int  # the last one recorded
     phase: str  # "start", "save" (one was being written) or "step"
+    survived: bool = True  # the run went on by itself; else:
     newest: int = 0  # the newest complete checkpoint that it left
-    survived: bool = False  # the run went on by itself
     left: int = 0  # processes that had to be ended by hand
+    said: str = ""  # why the run ended, in its own words
 
 
 @dataclass
@@ -98,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
         name = f"run{len(runs)}"
         chaos = Chaos(chosen.folder / name, write_config(inputs, chosen, name), rng, console, whole.pace)
         run = chaos.live(left)
-        run.wrong += check(inputs, chaos.run_dir, chosen.steps, whole.run_dir, exact=chosen.engine == "local")
+        exact = chosen.engine == "local"
+        run.wrong = run.wrong or check(inputs, chaos.run_dir, chosen.steps, whole.run_dir, exact=exact)
         runs.append(run)
         if chosen.report is not None:
             write_report(chosen.report, chosen, life, runs)
@@ -161,32 +168,31 @@ class Chaos:
         self.run_dir, self.pace = run_dir, pace
         self._config, self._rng, self._console = config, rng, console
         self._log = run_dir.with_suffix(".log")  # of one life
+        self._others: list[psutil.Process] = []  # that the launcher had started when one was killed last
 
     def live(self, kills: int) -> Run:
         """Start the run until it is complete, with at most so many kills."""
         run, began = Run(), time.monotonic()
-        while not run.wrong:
+        code = -1
+        while code and not run.wrong:
             run.lives += 1
-            started, felled = time.monotonic(), False
+            started, mine = time.monotonic(), len(run.kills)
             with self._log.open("w") as log:
                 launcher = subprocess.Popen(self._command(), stdout=log, stderr=log, env=_environment())
-            while not felled and len(run.kills) < kills and self._wait(launcher):
-                kill = self._kill(launcher, started)
-                if kill is not None:
-                    run.kills.append(kill)
-                    felled = not kill.survived
-                    self._console.print(
-                        f"{self.run_dir.name}, life {run.lives}, kill {len(run.kills)}: {kill}"
-                    )
-            if not felled and not kills:
+            while len(run.kills) < kills and self._wait(launcher):
+                run.kills += self._kill(launcher, started)
+                if run.kills[mine:] and run.kills[-1].victim in DEADLY:
+                    break
+            if not kills:
                 self._time(launcher, started)
             code = launcher.wait()
-            if felled and run.kills[-1].left:
-                run.wrong.append(f"life {run.lives} left {run.kills[-1].left} processes behind")
-            elif not felled and code:
+            if code and not run.kills[mine:]:
                 run.wrong.append(f"life {run.lives} ended with exit code {code}: {self._said()[-300:]}")
-            elif not felled:
-                break
+            elif code:
+                self._bury(run.kills[-1])
+                run.wrong += ["processes were left behind"] if run.kills[-1].left else []
+            for kill in run.kills[mine:]:
+                self._console.print(f"{self.run_dir.name}, life {run.lives}: {kill}")
         run.seconds = time.monotonic() - began
         return run
 
@@ -219,45 +225,39 @@ class Chaos:
             time.sleep(0.005)
         return launcher.poll() is None
 
-    def _kill(self, launcher: subprocess.Popen[bytes], started: float) -> Kill | None:
-        """Kill one process of the run, each kind as likely, and see what becomes of the others."""
-        everyone = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    def _kill(self, launcher: subprocess.Popen[bytes], started: float) -> list[Kill]:
+        """Kill one process of the run, each kind as likely; [] when it ended by itself just before."""
         kinds: dict[str, list[psutil.Process]] = {}
-        for process in everyone:
-            try:
+        with suppress(psutil.NoSuchProcess):
+            first = psutil.Process(launcher.pid)
+            self._others = first.children(recursive=True)
+            for process in [first, *self._others]:
                 kinds.setdefault(kind_of(process, launcher.pid), []).append(process)
-            except psutil.NoSuchProcess:
-                continue
         kinds.pop("other", None)
+        if not kinds:
+            return []
         victim = self._rng.choice(sorted(kinds))
         writing = any((self.run_dir / "checkpoints").glob(".writing_step_*"))
         phase = "save" if writing else "step" if self._in_loop else "start"
         kill = Kill(victim, time.monotonic() - started, self._step(), phase)
-        try:
+        with suppress(psutil.NoSuchProcess):
             self._rng.choice(kinds[victim]).kill()
-        except psutil.NoSuchProcess:
-            return None
-        # psutil would take the launcher's exit code from the one who started it
-        kill.survived = not _ended(launcher, END_WITHIN if victim in ("launcher", "rank") else 10.0)
-        if not kill.survived:
-            left = psutil.wait_procs(everyone[1:], timeout=END_WITHIN)[1]
-            kill.left = len(left)
-            for process in left:
-                process.kill()
-            kill.newest = max(map(step_of, published(self.run_dir / "checkpoints")), default=0)
-        return kill
+            return [kill]
+        return []
+
+    def _bury(self, kill: Kill) -> None:
+        """What the run that this kill has ended leaves: a checkpoint, a last word, and no process."""
+        kill.survived = False
+        left = psutil.wait_procs(self._others, timeout=END_WITHIN)[1]
+        kill.left = len(left)
+        for process in left:
+            process.kill()
+        kill.newest = max(map(step_of, published(self.run_dir / "checkpoints")), default=0)
+        kill.said = next((line for line in self._said().splitlines() if line.startswith("error: ")), "")
 
     def _step(self) -> int:
         rows = read_metrics(self.run_dir)
         return int(rows[-1]["step"]) if rows else 0
-
-
-def _ended(process: subprocess.Popen[bytes], within: float) -> bool:
-    try:
-        process.wait(within)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
 
 
 def _environment() -> dict[str, str]:
