@@ -275,6 +275,15 @@ class CheckpointConfig(Section):
 
     save_every: Count = Field(50, description="Steps between two checkpoints. 0: only after the last step.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+    keep_every: Count = Field(
+        0,
+        description="Checkpoints of steps that it divides are kept for good; a multiple of save_every. 0: none.",
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Write checkpoints from processes of their own while the training goes on: costs host memory, up "
+        "to once more what a process saves. false: the training waits.",
+    )
     export_hf: bool = Field(True, description="Write the final student as a Hugging Face folder too.")
 
 
