@@ -6,17 +6,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.report.coloured import decoder_of, sample_sections
 from megatron_opd.report.curves import Group, curve_groups, step_seconds
 from megatron_opd.report.figures import COLOURS, Panel, svg_of, write_png
 from megatron_opd.report.profiles import profile_groups
 from megatron_opd.report.progress import format_duration
 from megatron_opd.report.runs import PHASES, Decode, Run, load_runs
-from megatron_opd.report.samples import decoder_of, sample_sections
 from megatron_opd.report.style import style_sheet
 
 REPORT_FILE = "report.html"
 HELDOUT = ("eval/reverse_kl", "eval/reverse_kl_sampled")
-PHASE_COLOURS = ("#4c86c6", "#d9a531", "#3f9e5f", "#9a9aa0")
+PHASE_COLOURS = ("#4c86c6", "#d9a531", "#3f9e5f", "#9a9aa0", "#b06fb8")
 OWN_TO_A_RUN = ("run_dir",)  # settings whose difference says nothing
 
 
@@ -181,8 +181,9 @@ def _phases(runs: Sequence[Run]) -> str:
         for phase, label in PHASES.items()
     )
     head = ["run", *PHASES.values(), "step", "evaluations, all"]
-    note = "<p class='note'>Mean of a step. Saving and starting up are not counted.</p>"
-    return f"{note}<div class='bars'>{''.join(bars)}<div class='phases'>{legend}</div></div>{_table(head, rows, 6)}"
+    note = "<p class='note'>Mean of a step. Starting up is not counted.</p>"
+    numbers = _table(head, rows, len(head) - 1)
+    return f"{note}<div class='bars'>{''.join(bars)}<div class='phases'>{legend}</div></div>{numbers}"
 
 
 def _mean(values: Sequence[float]) -> float:

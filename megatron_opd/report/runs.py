@@ -20,6 +20,7 @@ PHASES = {  # metric -> what a step spends its time on
     "teacher_seconds": "teacher",
     "train_seconds": "training",
     "sync_seconds": "weight sync",
+    "save_seconds": "saving",
 }
 
 

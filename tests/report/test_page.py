@@ -10,8 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_opd.cli import main
+from megatron_opd.report.coloured import pieces
 from megatron_opd.report.page import write_report
-from megatron_opd.report.samples import pieces
 from tests.report.run_folders import RESPONSE, decode, write_run
 
 VOID = {"meta", "input", "br"}
