@@ -9,7 +9,7 @@ Shapes: T tokens of a microbatch (of this context-parallel rank's share of it), 
 vocabulary, TP tensor-parallel size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,7 +178,7 @@ class ObjectivePass:
             self.gpt, hidden_T1H, positions_N, self.groups, chunked=self.head_chunk is not None
         )
         parts = payload.parts if isinstance(payload, Mixture) else (payload,)
-        losses, values, sums = [], dict[str, Tensor](), dict[str, Tensor]()
+        losses, values, own = [], dict[str, Tensor](), dict[str, Tensor]()
         for part in parts:
             stats = self._token_stats(student, microbatch, part, positions_N, only=len(parts) == 1)
             loss, found = self.objective.loss(
@@ -194,20 +194,31 @@ class ObjectivePass:
             )
             losses.append(weight_of(part) * loss)
             add_values(values, found, part)
-            sums |= own_sums(found, part, microbatch.mask_T)
+            own |= own_sums(found, part, microbatch.mask_T)
         scored_N = stats.student_logprob if old_logprob_N is None and not moved else old_logprob_N
         drawn = self.objective.kept_ids_only
         rollout_T = microbatch.drawn_logprobs_T if drawn else microbatch.rollout_logprobs_T
         compared = agreement(scored_N, rollout_T[positions_N], self.mismatch_threshold)
-        sums |= compared | {name: values[name].sum() for name in self.objective.value_names}
+        summed = self._summed(values, own | compared, microbatch, positions_N, traced)
+        return torch.stack(losses).sum(), summed, torch.stack([compared[name] for name in MAXIMA])
+
+    def _summed(
+        self,
+        values: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+        microbatch: Microbatch,
+        positions_N: Tensor,
+        traced: int,
+    ) -> Tensor:
+        """The sums of a microbatch in one vector: `_sum_names`, by position, the trace of single tokens."""
+        sums = {**others, **{name: value_N.sum() for name, value_N in values.items()}}
         nothing = values["loss"].new_zeros(())  # of a teacher that did not score this microbatch
         vectors = (
             torch.stack([sums.get(name, nothing) for name in self._sum_names]),
             self.positions.of(values, microbatch.place_T[positions_N], microbatch.length_T[positions_N]),
             token_trace(values, microbatch.number_T[positions_N], traced),
         )
-        largest = torch.stack([compared[name] for name in MAXIMA])
-        return torch.stack(losses).sum(), torch.cat(vectors), largest
+        return torch.cat(vectors)
 
     def _token_stats(
         self,
