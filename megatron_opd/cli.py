@@ -15,6 +15,7 @@ import typer
 
 from megatron_opd.cli_convert import convert
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
+from megatron_opd.cli_teacher_cache import teacher_cache
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import (
     REQUEUE_EXIT,
@@ -33,6 +34,7 @@ launch = typer.Typer(help="Start a training with all its processes.", no_args_is
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
+app.command()(teacher_cache)
 
 
 @app.command()

@@ -150,6 +150,14 @@ class TeacherConfig(OffloadConfig):
         description="Tokens of a response that a server scores in one request: bounds its memory for log-probs. Read "
         "by the engine sglang.",
     )
+    cache: LocalPath | None = Field(
+        None,
+        description="Folder that keeps what the teacher says of each response: the same response is not scored again, "
+        "in this run or another. All processes have to see it. Evaluations do not use it. null: nothing is kept.",
+    )
+    cache_gb: PositiveWeight = Field(
+        100.0, description="Gigabytes that `cache` may hold, about; then what was written first is deleted."
+    )
 
     @field_validator("path")
     @classmethod
@@ -267,6 +275,15 @@ class CheckpointConfig(Section):
 
     save_every: Count = Field(50, description="Steps between two checkpoints. 0: only after the last step.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+    keep_every: Count = Field(
+        0,
+        description="Checkpoints of steps that it divides are kept for good; a multiple of save_every. 0: none.",
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Write checkpoints from processes of their own while the training goes on: costs host memory, up "
+        "to once more what a process saves. false: the training waits.",
+    )
     export_hf: bool = Field(True, description="Write the final student as a Hugging Face folder too.")
 
 

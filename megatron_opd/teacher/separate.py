@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
 from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.orders import Orders, Save, Score, Stop
+from megatron_opd.teacher.orders import Orders, Publish, Save, Score, Stop
 from megatron_opd.teacher.payload import Awaited, TeacherPayload
 from megatron_opd.teacher.relaid import Reader
 from megatron_opd.teacher.teacher import Asked, Teacher
@@ -54,8 +54,8 @@ class SeparateTeacher(Teacher):
         self, payload: TeacherPayload, *, chunked: bool
     ) -> Tensor | LinearLogits | ServedLogprobs:
         """What the objective reads of a payload, once it has arrived, see `Reader.distribution`."""
-        assert isinstance(payload, Awaited)
-        return self._reader.distribution(payload.wait(), chunked=chunked)
+        there = payload.wait() if isinstance(payload, Awaited) else payload
+        return self._reader.distribution(there, chunked=chunked)
 
     def described(self) -> str:
         """Both layouts."""
@@ -78,6 +78,10 @@ class SeparateTeacher(Teacher):
         if self._orders is not None:
             self._orders.give(Save(step))
 
+    def before_publish(self) -> None:
+        if self._orders is not None:
+            self._orders.give(Publish())
+
     def finish(self, *, early: bool = False) -> None:
         """Let the teacher's ranks end, once they have done everything else."""
         if self._orders is not None:
@@ -91,12 +95,14 @@ def serve(
     group: dist.ProcessGroup,
     orders: Orders,
     save: Callable[[int], None],
+    publish: Callable[[], object],
     *,
     device: torch.device,
     phases: Phases,
     window: int = WINDOW,
 ) -> bool:
-    """What every rank of the teacher does until it is stopped. `save(step)` takes part in writing a checkpoint.
+    """What every rank of the teacher does until it is stopped. `save(step)` and `publish()` take part in writing a
+    checkpoint.
 
     Returns whether the run has come to its last step.
     """
@@ -111,6 +117,9 @@ def serve(
             case Save(step):
                 with phases(SAVE):
                     save(step)
+            case Publish():
+                with phases(SAVE):
+                    publish()
             case Stop(early):
                 outbox.flush()
                 return not early

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_opd.checkpoint.folders import hold
+from megatron_opd.checkpoint.published import Retention
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.config.layout_checks import alignment_of_run
 from megatron_opd.config.schema import Config
@@ -353,7 +354,7 @@ def checkpoint_store(
         )
     return CheckpointStore(
         config.run_dir / "checkpoints",
-        config.checkpoint.keep_last,
+        Retention(config.checkpoint.keep_last, config.checkpoint.keep_every),
         groups,
         config.student.path,
         identity={

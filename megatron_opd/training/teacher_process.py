@@ -4,6 +4,7 @@ import os
 
 import torch.distributed as dist
 
+from megatron_opd.checkpoint.published import Retention
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.checkpoint.weights import join_load
 from megatron_opd.config.layout_checks import teacher_processes
@@ -45,7 +46,8 @@ def teach(config: Config, stopping: Stopping) -> bool:
     model = load_separate(config, checked, relay, device)
     join_build()
     folder = config.run_dir / "checkpoints"
-    store = CheckpointStore(folder, config.checkpoint.keep_last, groups, config.student.path, identity={})
+    retention = Retention(config.checkpoint.keep_last)  # rank 0, which is the student's, heeds its own
+    store = CheckpointStore(folder, retention, groups, config.student.path, identity={})
     newest = store.newest_intact()
     if newest is not None:
         join_load(newest)
@@ -59,6 +61,7 @@ def teach(config: Config, stopping: Stopping) -> bool:
             relay.payload_group,
             relay.orders,
             store.join_save,
+            store.publish,
             device=device,
             phases=phases,
         )

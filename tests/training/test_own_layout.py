@@ -114,6 +114,7 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
             relay.payload_group,
             relay.orders,
             lambda step: None,
+            lambda: None,
             device=device,
             phases=Phases(),
         )
