@@ -91,9 +91,13 @@ class CachedTeacher(Teacher):
         """As the teacher's."""
         self.teacher.before_save(step)
 
-    def finish(self) -> None:
+    def before_publish(self) -> None:
         """As the teacher's."""
-        self.teacher.finish()
+        self.teacher.before_publish()
+
+    def finish(self, *, early: bool = False) -> None:
+        """As the teacher's."""
+        self.teacher.finish(early=early)
 
     def _missing(self, found: Sequence[bool]) -> list[int]:
         """Indices that some rank has not found, filled up to a multiple with others."""

@@ -32,6 +32,7 @@ from megatron_opd.training.models import load_models, load_separate
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import Student, build_student, join_build
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
+from megatron_opd.watch.phases import Phases
 from tools.bench.relayed_bytes import Relayed, relayed
 from tools.bench.traffic import Call, recorded_traffic
 
@@ -152,7 +153,7 @@ def measure(work: Work) -> dict[str, Found] | None:
     checked = check_models(config, dist.get_world_size())
     layout = layout_of(checked.parallel)
     groups = build_groups(layout)
-    relay = Relay.of(checked)
+    relay = Relay.of(checked, config.timeouts)
     assert relay is not None and relay.orders is not None
     if dist.get_rank() >= relay.layouts.first:
         model = load_separate(config, checked, relay, CPU)
@@ -163,7 +164,16 @@ def measure(work: Work) -> dict[str, Found] | None:
                     with alike(dist.group.WORLD):  # as `SGLangTeacher.score`
                         pass
                 else:
-                    serve(model, relay.layouts, relay.payload_group, relay.orders, _save_nothing, device=CPU)
+                    serve(
+                        model,
+                        relay.layouts,
+                        relay.payload_group,
+                        relay.orders,
+                        _saves_nothing,
+                        _saves_nothing,
+                        device=CPU,
+                        phases=Phases(),
+                    )
             _sent(turn, calls, "send")
         return None
     chunks, teacher, _ = load_models(config, checked, layout, groups, CPU, relay)
@@ -176,8 +186,8 @@ def measure(work: Work) -> dict[str, Found] | None:
     return _Side(work, student, objective, teacher).measure()
 
 
-def _save_nothing(step: int) -> None:
-    raise AssertionError(f"nobody saves step {step}")
+def _saves_nothing(*_: object) -> None:
+    raise AssertionError("nobody saves here")
 
 
 @contextmanager
