@@ -14,8 +14,15 @@ import typer
 
 from megatron_opd.cli_convert import convert
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
+from megatron_opd.cli_slurm import slurm
 from megatron_opd.errors import UserError
-from megatron_opd.launch.worker import end_forks_with_this_process, end_with_launcher, report_user_error
+from megatron_opd.launch.worker import (
+    REQUEUE_EXIT,
+    end_forks_with_this_process,
+    end_with_launcher,
+    leave_exit_code,
+    report_user_error,
+)
 
 app = typer.Typer(
     help="On-policy distillation of language models on Megatron-Core.",
@@ -27,6 +34,7 @@ launch = typer.Typer(help="Start a training with all its processes.", no_args_is
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
+launch.command()(slurm)
 
 
 @app.command()
@@ -116,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "interrupted: start the same command again; a training goes on from its last checkpoint",
             file=sys.stderr,
         )
+    if code == REQUEUE_EXIT:
+        leave_exit_code(code)
     sys.exit(code)
 
 

@@ -20,11 +20,16 @@ from megatron_opd.errors import UserError
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # process id of the launcher, in the environment of its workers
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's elastic agent for every worker
 USER_ERROR = "user_error"  # key of the message in that file
+REQUEUE_EXIT = 75  # exit code: saved, start me again
+EXIT_FILE = "MEGATRON_OPD_EXIT_FILE"  # where the rank that ends first leaves its exit code, for `launch.slurm`
 _PR_SET_PDEATHSIG = 1
 
 
 def report_user_error(error: UserError) -> None:
-    """Hands `error` to the launcher if there is one, else prints it to stderr as one `error: ...` line."""
+    """Hands `error` to the launcher if there is one, else prints it to stderr as one `error: ...` line.
+
+    Under SLURM only the rank that fails first prints: the mistake mostly is that of every rank.
+    """
     line = " ".join(str(error).splitlines())
     path = os.environ.get(ERROR_FILE)
     if LAUNCHER in os.environ and path:
@@ -33,9 +38,28 @@ def report_user_error(error: UserError) -> None:
             Path(path).write_text(json.dumps({"message": line, USER_ERROR: line}))
             return
         Path(path).unlink(missing_ok=True)
+    if not leave_exit_code(2):
+        return
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"rank {rank}: "
     print(f"error: {where}{line}", file=sys.stderr, flush=True)
+
+
+def leave_exit_code(code: int) -> bool:
+    """Tells the batch script how the run ends, if one wants to know; False if another rank has told it before.
+
+    `srun` returns the highest code of all tasks: that of those it has killed after the first one ended.
+    """
+    path = os.environ.get(EXIT_FILE)
+    if path is not None:
+        try:
+            with Path(path).open("x") as file:
+                file.write(f"{code}\n")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            print(f"cannot write {path}: {error.strerror}", file=sys.stderr, flush=True)
+    return True
 
 
 def end_with_launcher() -> None:
