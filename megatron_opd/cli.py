@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -94,6 +94,25 @@ def local(
     if outcome.message:
         print(f"error: {outcome.message}", file=sys.stderr)
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def serve(
+    role: Annotated[Literal["rollout", "teacher"], typer.Argument(help="The section with the servers.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Of the first server; the others follow.")
+    ] = 30000,
+) -> None:
+    """Start the SGLang servers of a run on this machine and keep them going, until SIGTERM or Ctrl-C.
+
+    The run itself, elsewhere, has them as ROLE.sglang.urls. Both find the servers' key in SGLANG_API_KEY.
+    """
+    from megatron_opd.config.load import load_config
+    from megatron_opd.serve import serve as keep
+
+    keep(load_config(config, overrides or []), role, port)
 
 
 @app.command()

@@ -65,7 +65,9 @@ def slurm(
     ] = 2,
     chain: Annotated[
         int,
-        typer.Option(min=1, help="Jobs, each going on when the one before has ended, instead of one requeued."),
+        typer.Option(
+            min=1, help="Jobs, each going on when the one before has ended, instead of one requeued."
+        ),
     ] = 1,
     sbatch: Annotated[
         Texts, typer.Option(help="Further directive, such as exclusive or qos=high.", show_default=False)

@@ -176,13 +176,19 @@ def _server_step(job: SlurmJob, index: int) -> str:
     each = job.servers[index]
     first, port = job.first_node(index), job.first_port(index)
     step = _srun(job, each.nodes, each.nodes, 1, first, job.server_image or job.container_image)
-    return (
+    lines = (
         f"{step} \\\n"
-        f"    megatron-opd serve {each.role} --port=$((port + {port})) -- \"${{config[@]}}\" &\n"
+        f'    megatron-opd serve --port=$((port + {port})) -- {each.role} "${{config[@]}}" &\n'
         "servers+=($!)\n"
-        f"urls+=({each.role}.sglang.urls=\"$(urls {first} {each.nodes} {port} {each.servers})\")\n"
+        f'urls+=({each.role}.sglang.urls="$(urls {first} {each.nodes} {port} {each.servers})")\n'
         f"urls+=({' '.join(shlex.quote(f'{each.role}.sglang.{pair}') for pair in STARTED_ELSEWHERE)})\n"
     )
+    if each.role == "teacher":  # for those of rollouts the run waits itself
+        lines += (
+            f'until listen "$(urls {first} {each.nodes} {port} {each.servers})" || ! kill -0 $! 2> /dev/null; '
+            "do sleep 2; done\n"
+        )
+    return lines
 
 
 STARTED_ELSEWHERE = ("python=null", "servers=1", "host=127.0.0.1", "gpus=[]", "arguments=[]")
@@ -239,6 +245,13 @@ urls() { # of the servers on $2 nodes from $1 on, $4 of them on each, ports from
         done
     done
     echo "[${list:1}]"
+}
+listen() { # whether the servers at all URLs of the list $1 do
+    local url
+    for url in ${1//[][,]/ }; do
+        url=${url#http://}
+        (exec 3<> "/dev/tcp/${url%:*}/${url##*:}") 2> /dev/null || return 1
+    done
 }
 """
 

@@ -21,7 +21,9 @@ LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # process id of the launcher, in the environ
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's elastic agent for every worker
 USER_ERROR = "user_error"  # key of the message in that file
 REQUEUE_EXIT = 75  # exit code: saved, start me again
-EXIT_FILE = "MEGATRON_OPD_EXIT_FILE"  # where the rank that ends first leaves its exit code, for `launch.slurm`
+EXIT_FILE = (
+    "MEGATRON_OPD_EXIT_FILE"  # where the rank that ends first leaves its exit code, for `launch.slurm`
+)
 _PR_SET_PDEATHSIG = 1
 
 
