@@ -1,4 +1,4 @@
-"""The batch scripts: the examples are what the command writes, shells read them, and mistakes are found before a job."""
+"""The batch scripts: the examples are what the command writes, shells read them, mistakes are found before a job."""
 
 import shlex
 import shutil
@@ -56,7 +56,7 @@ def test_an_example_is_what_the_command_writes(name: str, capsys: Any) -> None:
 
 
 def test_names_that_a_shell_would_read_arrive_as_they_are(tmp_path: Path) -> None:
-    odd = ["a b.yaml", "data.system_prompt=it's $HOME; `x` \"y\"", "rollout.sglang.gpus=[0, 1]"]
+    odd = ["a b.yaml", 'data.system_prompt=it\'s $HOME; `x` "y"', "rollout.sglang.gpus=[0, 1]"]
     job = SlurmJob(
         arguments=odd,
         run_dir=Path("runs/it's $(odd)"),
@@ -82,13 +82,25 @@ def test_names_that_a_shell_would_read_arrive_as_they_are(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([PLAIN, "--nodes", "3"], "--nodes: the layouts in examples/plans/qwen3-30b-a3b-to-4b.yaml ask for 32"),
-        ([PLAIN, "parallel.tensor=3", "parallel.data=null", "--nodes=3"], "parallel.tensor: 3 does not divide"),
+        (
+            [PLAIN, "--nodes", "3"],
+            "--nodes: the layouts in examples/plans/qwen3-30b-a3b-to-4b.yaml ask for 32",
+        ),
+        (
+            [PLAIN, "parallel.tensor=3", "parallel.data=null", "--nodes=3"],
+            "parallel.tensor: 3 does not divide",
+        ),
         ([SERVED, "parallel.tensor=8", "--nodes=1", "--gpus-per-node=4"], "parallel: "),
         ([PLAIN, "--nodes=4", "--rollout-nodes=1"], "--rollout-nodes: the run starts no servers for them"),
         ([PLAIN, "--nodes=4", "--teacher-nodes=1"], "--teacher-nodes: the run starts no servers for them"),
-        ([SERVED, "rollout.sglang.servers=14", "--rollout-nodes=1", "--teacher-nodes=1"], "15 servers a node"),
-        ([SERVED, "rollout.weight_sync=tensor", "--rollout-nodes=1"], "weight_sync: tensor is for servers on"),
+        (
+            [SERVED, "rollout.sglang.servers=14", "--rollout-nodes=1", "--teacher-nodes=1"],
+            "15 servers a node",
+        ),
+        (
+            [SERVED, "rollout.weight_sync=tensor", "--rollout-nodes=1"],
+            "weight_sync: tensor is for servers on",
+        ),
         ([PLAIN, "--nodes=4", "--env=A-B"], "--env: 'A-B' is not NAME=VALUE"),
         ([PLAIN, "--nodes=4", "--env=A-B=1"], "--env: 'A-B=1' is not NAME=VALUE"),
         ([PLAIN, "rolout.top_k=1", "--nodes=4"], "rolout"),
