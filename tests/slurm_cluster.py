@@ -75,7 +75,7 @@ class SlurmCluster:
         pairs = (word.partition("=") for word in self.run("scontrol", "-o", "show", "job", number).split())
         return {name: value for name, _, value in pairs}
 
-    def wait(self, number: str, state: str, log: Path, seconds: float = 180.0) -> dict[str, str]:
+    def wait(self, number: str, state: str, log: Path, seconds: float = 400.0) -> dict[str, str]:
         """The job when it is in this state; fails when it ends in another."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         found: dict[str, str] = {}

@@ -138,7 +138,7 @@ def test_a_run_that_is_told_to_stop_goes_on_later(
     expected = curve(inputs, tmp_path, **changes)
     job = submit(write_config(inputs, tmp_path / "run", **changes), "--nodes=2", "--processes-per-node=1")
     log = tmp_path / f"run-{job}.log"
-    until(lambda: len(steps_so_far(tmp_path / "run")) > 2, lambda: text(log), 180)
+    until(lambda: len(steps_so_far(tmp_path / "run")) > 2, lambda: text(log), 400)
     slurm_cluster.run("scancel", "--signal=USR1", job)
     found = slurm_cluster.wait(job, "COMPLETED", log)
     assert found["Restarts"] == "1"
@@ -154,7 +154,7 @@ def test_a_run_goes_on_when_a_node_dies(
     expected = curve(inputs, tmp_path, **changes)
     job = submit(write_config(inputs, tmp_path / "run", **changes), "--nodes=2", "--processes-per-node=1")
     log = tmp_path / f"run-{job}.log"
-    until(lambda: bool(published(tmp_path / "run" / "checkpoints")), lambda: text(log), 180)
+    until(lambda: bool(published(tmp_path / "run" / "checkpoints")), lambda: text(log), 400)
     assert slurm_cluster.job(job)["NodeList"] == "n[1-2]"
     slurm_cluster.kill_node("n2")
     try:
