@@ -1,7 +1,8 @@
 """The command line, `megatron-opd`.
 
 Every command imports what it needs when it runs, so that `--help` is quick. Exit codes: 0, 1 (something
-failed), 2 (a mistake of the user: one `error: ...` line on stderr), 130 (Ctrl-C).
+failed), 2 (a mistake of the user: one `error: ...` line on stderr), 75 (a signal has stopped a training, which has
+saved: the same command goes on), 130 (Ctrl-C).
 """
 
 import os
@@ -59,7 +60,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from megatron_opd.train import train as run
 
     end_forks_with_this_process()
-    run(loaded)
+    if not run(loaded):
+        raise typer.Exit(REQUEUE_EXIT)
 
 
 @launch.command()

@@ -41,7 +41,9 @@ class Save:
 
 @dataclass(frozen=True)
 class Stop:
-    """The run is over."""
+    """The run is over, or has been stopped (`early`) before its last step."""
+
+    early: bool = False
 
 
 Order = Score | Save | Stop

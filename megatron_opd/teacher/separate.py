@@ -76,10 +76,13 @@ class SeparateTeacher:
         if self._orders is not None:
             self._orders.give(Save(step))
 
-    def dismiss(self) -> None:
-        """Let the teacher's ranks end, once they have done everything else. Every student rank calls it."""
+    def dismiss(self, *, early: bool = False) -> None:
+        """Let the teacher's ranks end, once they have done everything else; `early`: before the last step.
+
+        Every student rank calls it.
+        """
         if self._orders is not None:
-            self._orders.give(Stop())
+            self._orders.give(Stop(early))
             self._orders.finish()
 
 
@@ -92,8 +95,11 @@ def serve(
     *,
     device: torch.device,
     window: int = WINDOW,
-) -> None:
-    """What every rank of the teacher does until it is dismissed. `save(step)` takes part in writing a checkpoint."""
+) -> bool:
+    """What every rank of the teacher does until it is dismissed. `save(step)` takes part in writing a checkpoint.
+
+    Returns whether the run has come to its last step.
+    """
     outbox = Outbox(group, window)
     while True:
         match orders.take():
@@ -101,9 +107,9 @@ def serve(
                 _score(order, model, layouts, outbox, device)
             case Save(step):
                 save(step)
-            case Stop():
+            case Stop(early):
                 outbox.flush()
-                return
+                return not early
 
 
 def _score(

@@ -4,7 +4,7 @@ Configuration and files are checked first, then process groups are made, then we
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,7 @@ from megatron_opd.preflight import Checked, check_before_start, check_offload
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
+from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded, never
 from megatron_opd.rollout.stream import RolloutStream
 from megatron_opd.teacher.dealing import payloads_for_student, rows_for
 from megatron_opd.teacher.megatron import MegatronTeacher
@@ -45,6 +45,7 @@ from megatron_opd.training.score import likeliest_ids, sampled_logprobs
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.texts import Texts, read_texts
 from megatron_opd.training.update import ObjectivePass, Outcome, Update, UpdateScale
+from megatron_opd.watch.phases import ROLLOUT, Phases
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Job:
     prompts: PromptStream
     rollouts: RolloutStream
     checkpoints: CheckpointStore
+    phases: Phases  # where in a step this rank is
 
     def notes(self, start: int) -> list[str]:
         """What the user should know before the first step, a line each."""
@@ -257,9 +259,10 @@ def init_distributed() -> torch.device:
     return device
 
 
-def set_up(config: Config) -> Job:
+def set_up(config: Config, stop_requested: Callable[[], bool] = never) -> Job:
     """Check everything that can be checked, then build the models and load their weights.
 
+    Once `stop_requested` says yes, rollouts of a step raise RolloutsStopped; those of an evaluation are finished.
     Raises UserError for anything the user can mend. Collective: every rank calls it.
     """
     check_offload(config)
@@ -286,7 +289,10 @@ def set_up(config: Config) -> Job:
         settings.head_chunk,
         config.rollout.mismatch_threshold,
     )
-    engine = rollout_engine(config, checked, texts, chunks, groups)
+    phases = Phases()
+    engine = rollout_engine(
+        config, checked, texts, chunks, groups, lambda: phases.now == ROLLOUT and stop_requested()
+    )
     prompts = PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle)
     return Job(
         config=config,
@@ -313,17 +319,23 @@ def set_up(config: Config) -> Job:
             last=config.training.steps,
         ),
         checkpoints=checkpoint_store(config, checked, texts, groups),
+        phases=phases,
     )
 
 
 def rollout_engine(
-    config: Config, checked: Checked, texts: Texts, chunks: Sequence[GPT], groups: ProcessGroupCollection
+    config: Config,
+    checked: Checked,
+    texts: Texts,
+    chunks: Sequence[GPT],
+    groups: ProcessGroupCollection,
+    stopped: Callable[[], bool],
 ) -> RolloutEngine:
-    """What draws the rollouts. It draws no id that either model lacks."""
+    """What draws the rollouts, until `stopped` says yes. It draws no id that either model lacks."""
     if config.rollout.engine == "sglang":
-        return SGLangEngine(texts.vocab_size, groups.mp)
+        return SGLangEngine(texts.vocab_size, groups.mp, stopped=stopped)
     drawn = replace(checked.student, vocab_size=texts.vocab_size)
-    return LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch)
+    return LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch, stopped=stopped)
 
 
 def average_of(config: Config, teacher: TrainingTeacher) -> WeightAverage | None:

@@ -16,6 +16,7 @@ from megatron_opd.training.job import init_distributed
 from megatron_opd.training.models import load_separate
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import join_build
+from megatron_opd.watch.stopping import Stopping
 
 
 def only_teaches(config: Config) -> bool:
@@ -26,11 +27,11 @@ def only_teaches(config: Config) -> bool:
     return rank >= processes - teacher_processes(config) > 0
 
 
-def teach(config: Config) -> None:
-    """Run the teacher's part of the training that `config` describes.
+def teach(config: Config, stopping: Stopping) -> bool:
+    """Run the teacher's part of the training that `config` describes. Returns whether it has come to its last step.
 
     Collective: in step with `train` on the student's ranks, from the process groups to the end. Raises UserError as
-    `set_up`.
+    `set_up`. A signal to this rank is for the student's: these stop the run.
     """
     check_offload(config)
     checked = check_before_start(config, int(os.environ["WORLD_SIZE"]))
@@ -46,5 +47,8 @@ def teach(config: Config) -> None:
     newest = store.newest_intact()
     if newest is not None:
         join_load(newest)
-    serve(model, relay.layouts, relay.messages, relay.orders, store.join_save, device=device)
+    stopping.begin()
+    finished = serve(model, relay.layouts, relay.messages, relay.orders, store.join_save, device=device)
+    stopping.leave()
     dist.destroy_process_group()
+    return finished
