@@ -12,6 +12,7 @@ import pytest
 from megatron_opd.checkpoint.store import published
 from megatron_opd.cli import main
 from tests.forked import run_forked
+from tests.sglang_server import SEEDED, sglang_python
 from tests.slurm_cluster import SlurmCluster, slurm_cluster, text, until
 from tests.test_train import inputs, metrics, write_config
 from tests.test_train_own_teacher import assert_same
@@ -164,3 +165,41 @@ def test_a_run_goes_on_when_a_node_dies(
     assert (found["Restarts"], found["NodeList"]) == ("1", "n[1,3]"), text(log)
     assert "resuming at step" in text(log)
     assert_same(metrics(tmp_path / "run"), expected)
+
+
+@pytest.mark.full
+def test_servers_on_nodes_of_their_own(
+    inputs: Path, tmp_path: Path, slurm_cluster: SlurmCluster, submit: Submit
+) -> None:
+    """One node draws, one is the teacher; the same configuration has both on one machine with `launch local`."""
+    served = {"engine": "sglang", "sglang": {"python": str(sglang_python()), "arguments": list(SEEDED)}}
+    changes: dict[str, Any] = {f"rollout__{key}": value for key, value in served.items()}
+    changes |= {f"teacher__{key}": value for key, value in served.items()}
+    changes |= {"objective__preset": "iw-opd", "training__steps": 2, "evaluation__every": 0}
+    more = ["--nodes=1", "--processes-per-node=1", "--rollout-nodes=1", "--teacher-nodes=1"]
+    job = submit(write_config(inputs, tmp_path / "run", **changes), *more)
+    log = tmp_path / f"run-{job}.log"
+    found = slurm_cluster.wait(job, "COMPLETED", log, 590)
+    assert (found["NumNodes"], found["Restarts"]) == ("3", "0")
+    assert "n2: SGLang: 1 ready" in text(log) and "n3: SGLang: 1 ready" in text(log), text(log)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2]
+    assert all(row["logprob_mismatch"] < 1e-4 for row in metrics(tmp_path / "run")[1:])
+
+
+@pytest.mark.full
+def test_a_chain_over_time_limits(
+    inputs: Path, tmp_path: Path, slurm_cluster: SlurmCluster, submit: Submit
+) -> None:
+    """A minute is the shortest limit that SLURM has. The signal comes up to a minute early."""
+    changes = {"training__steps": 100_000, "checkpoint__save_every": 0, "evaluation__prompts": None}
+    config = write_config(inputs, tmp_path / "run", **changes, evaluation__every=0)
+    job = submit(
+        config, "--nodes=2", "--processes-per-node=1", "--chain=2", "--time=1", "--signal-seconds=30"
+    )
+    log = tmp_path / f"run-{job}_2.log"
+    until(lambda: not slurm_cluster.run("squeue", "-h", "-j", job), lambda: text(log), 400)
+    first = text(tmp_path / f"run-{job}_1.log")
+    assert "stopped by SIGUSR1 after step" in first and "stopped by SIGUSR1 after step" in text(log), first
+    assert "resuming at step" in text(log)
+    steps = [row["step"] for row in metrics(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1))
