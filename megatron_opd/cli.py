@@ -16,6 +16,7 @@ import typer
 from megatron_opd.cli_convert import convert
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
 from megatron_opd.cli_slurm import slurm
+from megatron_opd.cli_teacher_cache import teacher_cache
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import (
     REQUEUE_EXIT,
@@ -36,6 +37,7 @@ app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
 launch.command()(slurm)
+app.command()(teacher_cache)
 
 
 @app.command()

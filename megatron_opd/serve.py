@@ -29,7 +29,7 @@ def serve(config: Config, role: str, port: int) -> None:
     started again. Raises UserError when they do not start; exits with code 1 when none is left.
     """
     settings = machine_settings(config, role)
-    path = config.student.path if role == "rollout" else config.teacher.path
+    path = config.student.path if role == "rollout" else config.teacher.folder
     if not any(path.glob("*.safetensors")):
         raise UserError(
             f"{'student' if role == 'rollout' else role}.path: {path} has no *.safetensors for the servers to load: "

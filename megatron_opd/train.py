@@ -4,8 +4,7 @@ The embedded rollout engine shares the student's weights; servers are given them
 rollouts of the next steps while one trains.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -15,21 +14,21 @@ from megatron_opd.config.load import changed_keys, load_config, save_resolved
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
-from megatron_opd.models.gpt import GPT
 from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.sharded import RolloutsStopped
 from megatron_opd.rollout.stream import staleness
-from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
+from megatron_opd.training.saving import Saves, moving_teacher
 from megatron_opd.training.serving import Publish, drawn, serving, unserved
 from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import means_over_tokens
 from megatron_opd.watch.phases import EVALUATION, ROLLOUT, SAVE, STEP, SYNC, TEACHER
 from megatron_opd.watch.stopping import Stopping
+from megatron_opd.watch.watchdog import Watchdog
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
 
@@ -53,9 +52,11 @@ def learn(config: Config, stopping: Stopping) -> bool:
         save_resolved(config, config.run_dir)
     decode = job.texts.tokenizer.decode
     with (
+        Watchdog(job.phases, config.timeouts.limits, config.run_dir),
         RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log,
         teaching(job, log.say) if start < steps else nullcontext(),
         serving(job, log.say) as publish,
+        Saves(job) as saves,
     ):
         for line in [*job.notes(start), *(f"changed from step {start} on: {change}" for change in changes)]:
             log.say(line)
@@ -65,7 +66,7 @@ def learn(config: Config, stopping: Stopping) -> bool:
         if start == 0 and job.texts.heldout:
             log.record(0, evaluate(job, 0, publish))
         stopping.begin()
-        done = take_steps(job, start, log, publish, stopping)
+        done = take_steps(job, start, log, publish, saves, stopping)
         if done < steps:
             log.say(stopping.farewell(done))
             stopping.leave()
@@ -73,18 +74,20 @@ def learn(config: Config, stopping: Stopping) -> bool:
             export = config.run_dir / "hf" if config.checkpoint.export_hf else None
             if export is not None:
                 architecture, source = job.architecture, config.student.path
-                save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
+                with job.phases(SAVE):
+                    save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
+            if start < steps:
+                log.say(saves.cost())
             log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
-    if isinstance(job.teacher, SeparateTeacher):
-        job.teacher.dismiss(early=done < steps)
+    job.teacher.finish(early=done < steps)
     dist.destroy_process_group()
     return done == steps
 
 
-def take_steps(job: Job, start: int, log: RunLog, publish: Publish, stopping: Stopping) -> int:
+def take_steps(job: Job, start: int, log: RunLog, publish: Publish, saves: Saves, stopping: Stopping) -> int:
     """The steps after `start`, to the last or until a signal stops the run; returns how many are behind it, saved."""
     config, done, steps = job.config, start, job.config.training.steps
-    while done < steps and stopping.agreed(all_ranks(job.groups), job.device) is None:
+    while done < steps and not stops(job, stopping):
         step = done + 1
         try:
             metrics, rollouts = train_step(job, step, publish)
@@ -95,16 +98,26 @@ def take_steps(job: Job, start: int, log: RunLog, publish: Publish, stopping: St
             metrics["sync_seconds"] = publish(step) if drawing else 0.0
         if job.texts.heldout and due(step, config.evaluation.every, steps):
             metrics |= evaluate(job, step, publish)
+        metrics["save_seconds"] = saves.take_seconds()
         log.record(step, metrics, rollouts)
         warning = alarm(metrics, config.rollout)
         if warning is not None:
             log.say(f"step {step}: {warning}")
         if due(step, config.checkpoint.save_every, steps):
-            save(job, step)
+            saves.begin(step)
+        else:
+            saves.advance()
         done = step
     if start < done < steps and not due(done, config.checkpoint.save_every, steps):
-        save(job, done)
+        saves.begin(done)
+    saves.finish()
     return done
+
+
+def stops(job: Job, stopping: Stopping) -> bool:
+    """Whether a signal stops the run here, on every rank alike. Collective over the student's ranks."""
+    with job.phases(STEP):
+        return stopping.agreed(all_ranks(job.groups), job.device) is not None
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -139,7 +152,7 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "rollout_seconds": phases.seconds[ROLLOUT],
         "teacher_seconds": phases.seconds[TEACHER],
         "train_seconds": phases.seconds[STEP],
-        **(job.teacher.waits() if isinstance(job.teacher, SeparateTeacher) else {}),
+        **job.teacher.metrics(),
     }, rollouts
 
 
@@ -153,9 +166,9 @@ def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, floa
         rollouts = drawn(
             lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
         )
-        name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
+        means, tokens = job.heldout_reverse_kl(rollouts)
     return {
-        f"eval/{name}": reverse_kl,
+        **{f"eval/{name}": value for name, value in means.items()},
         "eval/response_tokens": tokens / len(rollouts),
         "eval/seconds": job.phases.seconds[EVALUATION],
     }
@@ -165,20 +178,6 @@ def changes_since(config: Config) -> list[str]:
     """What differs from the configuration that the run directory was last used with."""
     saved = config.run_dir / "config.yaml"
     return changed_keys(load_config(saved, []), config) if saved.is_file() else []
-
-
-def save(job: Job, step: int) -> None:
-    """Write the checkpoint of `step`: model, optimizer, prompt position, and a teacher that follows the student."""
-    state = {"prompts": job.prompts.state_dict()}
-    if isinstance(job.teacher, SeparateTeacher):
-        job.teacher.call_to_save(step)
-    with job.phases(SAVE), moving_teacher(job) as teacher:
-        job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state, teacher)
-
-
-def moving_teacher(job: Job) -> AbstractContextManager[Sequence[GPT]]:
-    """Chunks of the average that the teacher becomes; none where it keeps its weights."""
-    return nullcontext(()) if job.average is None else job.average.as_model()
 
 
 def resume(job: Job) -> int:

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_opd.checkpoint.store import published
+from megatron_opd.checkpoint.published import published
 from megatron_opd.cli import main
 from megatron_opd.data.prompts import PromptStream, load_prompts
 from megatron_opd.data.tokenizer import load_tokenizer
@@ -199,6 +199,17 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     assert metrics(killed) == metrics(whole)
     for row in check_ledger(inputs, killed, steps=40):
         assert all(each["versions"] == [row["step"] - 1] for each in row["rollouts"])
+
+
+def test_more_processes_go_on_with_the_prompts_that_are_due(inputs, tmp_path):
+    """Another world size: as many prompts a step as before, none lost and none drawn twice."""
+    config = write_config(inputs, tmp_path / "run", checkpoint__save_every=1, evaluation__every=1)
+    assert run_forked("train", config, "training.steps=3").returncode == 0
+    done = run_forked("launch", "local", config, "parallel.data=2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 3: TP1·PP1·CP1·DP2" in done.stdout
+    check_ledger(inputs, tmp_path / "run", steps=6)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(7))
 
 
 def test_sequences_shared_by_two_processes_give_the_same_run(inputs, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def test_ctrl_c_saves_and_again_ends_at_once(inputs: Path, tmp_path: Path) -> No
     """The second one comes while thousands of held-out responses are drawn, which are finished otherwise."""
     run_dir = tmp_path / "run"
     config = write_config(inputs, run_dir, evaluation__prompts=None, evaluation__every=0)
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a suite may ignore it
+    # A suite in the background ignores Ctrl-C.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     write_prompts(tmp_path / "many.jsonl", 2_000)
     many = ("evaluation.every=1", "evaluation.max_prompts=2000", "rollout.max_batch=1")
     for arguments, code in (
@@ -138,10 +140,11 @@ def test_ctrl_c_saves_and_again_ends_at_once(inputs: Path, tmp_path: Path) -> No
         (("training.steps=5000", f"evaluation.prompts={tmp_path / 'many.jsonl'}", *many), 130),
     ):
         process = subprocess.Popen(
-            command("train", config, *arguments), stderr=subprocess.PIPE, text=True, **listening
+            command("train", config, *arguments), stderr=subprocess.PIPE, text=True, preexec_fn=listening
         )
         try:
-            deadline = time.monotonic() + 120
+            wait_for_step(process, run_dir, 1)  # the second command finds it there
+            deadline = time.monotonic() + 200
             while not saves_at_a_signal(psutil.Process(process.pid)):
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.05)
@@ -157,3 +160,25 @@ def test_ctrl_c_saves_and_again_ends_at_once(inputs: Path, tmp_path: Path) -> No
             process.kill()
         assert process.returncode == code and "Traceback" not in err, err
     assert "ended at once" in err
+
+
+def test_a_rank_that_hangs_ends_the_run_in_time(inputs: Path, tmp_path: Path) -> None:
+    """Stopped, it cannot even say so; the other one does, with its own stacks."""
+    run_dir = tmp_path / "run"
+    short = {"rollout": 15.0, "teacher": 15.0, "step": 15.0, "sync": 15.0, "evaluation": 15.0, "save": 15.0}
+    config = write_config(
+        inputs, run_dir, training__steps=5000, checkpoint__save_every=0, parallel__data=2, evaluation__every=0
+    )
+    limits = [f"timeouts.{phase}={seconds}" for phase, seconds in short.items()]
+    with started("launch", "local", config, *limits) as launcher:
+        wait_for_step(launcher, run_dir, 2)
+        rank(launcher, 1).send_signal(signal.SIGSTOP)
+        _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    line = err.splitlines()[-1]
+    assert re.match(
+        r"error: rank 0 has been in (rollout|step) for \d+ s \(section timeouts: at most 15\)", line
+    ), err
+    assert re.search(r"rank 1 is silent for \d+ s, last in \w+", line)
+    stacks = (run_dir / "stacks" / "rank_00000.txt").read_text()
+    assert "train.py" in stacks and "watchdog" in stacks

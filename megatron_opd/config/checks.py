@@ -4,6 +4,7 @@ built.
 Pure functions of plain values. Each raises UserError with one line that names the key and the remedy.
 """
 
+from collections.abc import Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -18,9 +19,10 @@ from megatron_opd.config.layout_checks import (
     teacher_processes,
 )
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
-from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.schema import CheckpointConfig, Config, ParallelConfig
 from megatron_opd.config.self_distillation import check_self_distillation
 from megatron_opd.config.server_checks import check_servers, check_teacher
+from megatron_opd.config.teacher_cache import check_teacher_cache
 from megatron_opd.errors import UserError
 
 
@@ -40,11 +42,13 @@ def check_fields(config: Config) -> None:
             f"training.updates_per_rollout: {training.updates_per_rollout} updates need a rollout each, but a "
             f"step has {batch} (rollout.prompts_per_step * rollout.samples_per_prompt): lower it"
         )
+    _check_kept_checkpoints(config.checkpoint)
     _check_optimizer(config)
     _check_microbatch(config)
     _check_engine(config.rollout)
     check_teacher(config)
     check_self_distillation(config)
+    check_teacher_cache(config)
     _check_objective(config)
     if config.objective.kept_ids_only:
         _check_kept_ids(config.rollout)
@@ -58,11 +62,12 @@ def check_layout(
     reference: ModelSizes | None = None,
     *,
     served: ServedSizes | None = None,
+    teachers: Mapping[str, ModelSizes] | None = None,
 ) -> ParallelConfig:
     """Conditions between `config`, the models and the number of processes, `check_fields` included.
 
-    A teacher behind servers is `served`, and `teacher` is None. Returns the student's layout with `data` filled in;
-    that of a teacher with its own has to fit too (`check_teacher_layout`).
+    A teacher behind servers is `served`, several are `teachers`, and `teacher` is None. Returns the student's layout
+    with `data` filled in; that of a teacher with its own has to fit too (`check_teacher_layout`).
     """
     check_fields(config)
     data = data_parallel_size(config.parallel, world_size, others=teacher_processes(config))
@@ -75,7 +80,8 @@ def check_layout(
         )
     if config.training.moe_aux_loss is not None and not student.num_experts:
         raise UserError("training.moe_aux_loss: the student has no experts to balance: leave it null")
-    roles = {"student": student, "teacher": teacher, "reference": reference}
+    several = {f"teacher {name}": model for name, model in (teachers or {}).items()}
+    roles = {"student": student, "teacher": teacher, **several, "reference": reference}
     models = {role: model for role, model in roles.items() if model is not None}
     sizes: dict[str, ServedSizes] = {**models, **({"teacher": served} if served else {})}
     shared = min(model.vocab_size for model in sizes.values())
@@ -84,7 +90,11 @@ def check_layout(
             f"rollout.engine: SGLang draws from all {student.vocab_size} tokens of the student, but another model has "
             f"only {shared}: set it to local"
         )
-    alike = {role: m for role, m in models.items() if role != "teacher" or config.teacher.parallel is None}
+    alike = {
+        role: m
+        for role, m in models.items()
+        if not role.startswith("teacher") or config.teacher.parallel is None
+    }
     check_divisible("parallel", config.parallel, alike)
     check_experts("parallel", config.parallel, alike, data)
     for role, model in sizes.items():
@@ -138,6 +148,16 @@ def _on_this_machine(url: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_kept_checkpoints(checkpoint: CheckpointConfig) -> None:
+    every, saved = checkpoint.keep_every, checkpoint.save_every
+    if every and (not saved or every % saved):
+        when = f"checkpoints are saved every {saved} steps" if saved else "only the last step is saved"
+        raise UserError(
+            f"checkpoint.keep_every: {every} is no multiple of checkpoint.save_every, {when}: change one of them, or "
+            "set keep_every to 0"
+        )
 
 
 def _check_optimizer(config: Config) -> None:
@@ -236,6 +256,6 @@ def _check_rollout(config: Config, role: str, model: ServedSizes) -> None:
 
 def _longest_sequence(config: Config, role: str) -> tuple[str, int]:
     """What limits the prompts that a model reads, and tokens of the longest with the longest response."""
-    if role == "teacher" and config.teacher.max_prompt_tokens is not None:
+    if role.startswith("teacher") and config.teacher.max_prompt_tokens is not None:
         return "teacher.max_prompt_tokens", config.teacher_prompt_tokens + config.rollout.max_new_tokens
     return "data.max_prompt_tokens", config.data.max_prompt_tokens + config.rollout.max_new_tokens

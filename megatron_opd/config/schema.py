@@ -5,13 +5,22 @@ is not a number, 1.0 is not an integer. A token is a token of the student's toke
 `~`; relative paths are relative to the current directory, not to the file that names them.
 """
 
-from typing import Literal
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_opd.config.objective import ObjectiveConfig
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
-from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
+from megatron_opd.config.section import Count, LocalPath, Name, PositiveInt, PositiveWeight, Section
+
+PayloadKind = Literal["hidden_states", "logits", "topk", "sampled"]
+SERVED_KINDS: tuple[PayloadKind, ...] = ("topk", "sampled")
+"""Payloads that are log-probs of some ids, at the temperature of the rollouts."""
+
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class ParallelConfig(Section):
@@ -61,8 +70,8 @@ class ModelConfig(Section):
     )
 
 
-class FrozenModelConfig(ModelConfig):
-    """A model that is only run forward."""
+class OffloadConfig(Section):
+    """Where the weights of models that are only run forward lie."""
 
     offload: bool = Field(
         False,
@@ -70,16 +79,44 @@ class FrozenModelConfig(ModelConfig):
     )
 
 
-class TeacherConfig(FrozenModelConfig):
-    """The teacher. Behind servers nothing of it is loaded here: of `path`, config.json and tokenizer are enough."""
+class FrozenModelConfig(OffloadConfig, ModelConfig):
+    """A model that is only run forward."""
 
+
+class TeacherConfig(OffloadConfig):
+    """The teacher, or several: every other key then holds for each of them.
+
+    Behind servers nothing of it is loaded here: of `path`, config.json and tokenizer are enough.
+    """
+
+    paths: dict[Name, LocalPath] = Field(
+        {},
+        description="Several teachers in the place of `path`: name and folder of each. They are used as `route_field` "
+        "or `weights` says.",
+    )
+    path: LocalPath | None = Field(
+        None,
+        validate_default=True,
+        description="Folder of the model: Hugging Face, converted to Megatron, or a checkpoint of a run.",
+    )
+    route_field: str | None = Field(
+        None,
+        min_length=1,
+        description="Key of a prompt's line whose text is the name of its teacher in `paths`, which alone scores its "
+        "responses; held-out prompts have it too.",
+    )
+    weights: dict[Name, PositiveWeight] = Field(
+        {},
+        description="Weight of each of `paths`, relative to their sum: every teacher scores every response, and the "
+        "loss is the weighted mean of the losses with each alone.",
+    )
     engine: Literal["megatron", "sglang"] = Field(
         "megatron",
         description="megatron: on the training processes, or as `parallel` says. sglang: SGLang servers, as the "
         "section `sglang` says, which give log-probs of single tokens: for policy_gradient or a support, at "
         "temperature 1 or renormalized.",
     )
-    payload: Literal["hidden_states", "logits", "topk", "sampled"] = Field(
+    payload: PayloadKind = Field(
         "hidden_states",
         description="What the engine megatron hands over of each response token. hidden_states: for every objective. "
         "logits: of the whole vocabulary, for debugging. topk: log-probs of the sampled token and of its "
@@ -113,6 +150,33 @@ class TeacherConfig(FrozenModelConfig):
         description="Tokens of a response that a server scores in one request: bounds its memory for log-probs. Read "
         "by the engine sglang.",
     )
+    cache: LocalPath | None = Field(
+        None,
+        description="Folder that keeps what the teacher says of each response: the same response is not scored again, "
+        "in this run or another. All processes have to see it. Evaluations do not use it. null: nothing is kept.",
+    )
+    cache_gb: PositiveWeight = Field(
+        100.0, description="Gigabytes that `cache` may hold, about; then what was written first is deleted."
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _named(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is None and info.data.get("paths") == {}:
+            raise PydanticCustomError("missing", "there is no teacher")
+        return path
+
+    @property
+    def folder(self) -> Path:
+        """Of the one teacher."""
+        assert self.path is not None, "there are several"
+        return self.path
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Of every teacher, by the key that names it."""
+        several = {f"teacher.paths.{name}": folder for name, folder in self.paths.items()}
+        return several if self.path is None else {"teacher.path": self.path}
 
 
 class DataConfig(Section):
@@ -211,7 +275,50 @@ class CheckpointConfig(Section):
 
     save_every: Count = Field(50, description="Steps between two checkpoints. 0: only after the last step.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+    keep_every: Count = Field(
+        0,
+        description="Checkpoints of steps that it divides are kept for good; a multiple of save_every. 0: none.",
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Write checkpoints from processes of their own while the training goes on: costs host memory, up "
+        "to once more what a process saves. false: the training waits.",
+    )
     export_hf: bool = Field(True, description="Write the final student as a Hugging Face folder too.")
+
+
+class TimeoutsConfig(Section):
+    """Seconds that a part of a step may take before the run ends as stuck, with the stacks of all processes.
+
+    Time in which a process waits for others counts. Generous: what a run does should never come near them.
+    """
+
+    rollout: Seconds = Field(
+        7200.0, description="The rollouts of a step. More than what servers may take: see rollout.sglang."
+    )
+    teacher: Seconds = Field(
+        1800.0, description="The teacher's, the reference's and old log-probs of a step."
+    )
+    step: Seconds = Field(3600.0, description="The updates of a step; a separate teacher is waited for here.")
+    sync: Seconds = Field(1800.0, description="New weights for servers, whose start the first one includes.")
+    evaluation: Seconds = Field(7200.0, description="Held-out rollouts and their reverse KL.")
+    save: Seconds = Field(3600.0, description="A checkpoint, and the export of the last one.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Phase -> seconds. `orders`: those in which a separate teacher waits for the student, which does all else."""
+        phases: dict[str, float] = self.model_dump()
+        return phases | {"orders": sum(phases.values())}
+
+    @property
+    def idle(self) -> timedelta:
+        """What passes until a separate teacher's next order at most."""
+        return timedelta(seconds=self.limits["orders"] + 300)
+
+    @property
+    def collective(self) -> timedelta:
+        """What a collective may take: longer than any phase, so that it is the phase that is named."""
+        return timedelta(seconds=max(self.model_dump().values()) + 300)
 
 
 class Config(Section):
@@ -236,8 +343,14 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
 
     @property
     def teacher_prompt_tokens(self) -> int:
         """Tokens that the teacher reads before a response at most."""
         return self.teacher.max_prompt_tokens or self.data.max_prompt_tokens
+
+    def with_teacher(self, name: str) -> "Config":
+        """The same with one of several teachers alone."""
+        one = {"path": self.teacher.paths[name], "paths": {}, "route_field": None, "weights": {}}
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update=one)})

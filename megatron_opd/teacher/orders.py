@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.config.schema import PayloadKind
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives.kept_ids import KeptIds
-from megatron_opd.teacher.payload import PayloadKind
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Save:
-    """Take part in writing the checkpoint of this step."""
+    """Take part in beginning to write the checkpoint of this step."""
 
     step: int
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Take part in completing the checkpoint that is being written."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Stop:
     early: bool = False
 
 
-Order = Score | Save | Stop
+Order = Score | Save | Publish | Stop
 
 
 class Orders:

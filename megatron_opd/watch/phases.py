@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ROLLOUT, TEACHER, STEP, SYNC, EVALUATION, SAVE = "rollout", "teacher", "step", "sync", "evaluation", "save"
+ORDERS = "orders"  # a rank that only teaches waits for the student
 
 
 class Phases:
