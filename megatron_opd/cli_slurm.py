@@ -58,7 +58,10 @@ Directives = Annotated[
 ]
 Setup = Annotated[
     list[str] | None,
-    typer.Option(help="Shell line before the run, such as 'source .venv/bin/activate'.", show_default=False),
+    typer.Option(
+        help="Shell line before the run, such as 'source .venv/bin/activate'; outside a container.",
+        show_default=False,
+    ),
 ]
 Environment = Annotated[
     list[str] | None, typer.Option(help="NAME=VALUE for every process.", show_default=False)

@@ -12,10 +12,10 @@
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 
-set -uo pipefail
 config=(examples/plans/qwen3-30b-a3b-to-4b.yaml parallel.data=2)
 run_dir=runs/30b-a3b-to-4b
 source .venv/bin/activate
+set -u
 
 # Caches on the disks of the nodes, kept from job to job.
 caches=/tmp/megatron-opd-$SLURM_JOB_USER

@@ -15,10 +15,10 @@
 #SBATCH --requeue
 #SBATCH --array=1-6%1
 
-set -uo pipefail
 config=(examples/slurm/sglang.yaml)
 run_dir=runs/30b-a3b-to-4b-sglang
 source .venv/bin/activate
+set -u
 
 # Caches on the disks of the nodes, kept from job to job.
 caches=/tmp/megatron-opd-$SLURM_JOB_USER

@@ -14,9 +14,9 @@
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 
-set -uo pipefail
 config=(examples/slurm/sglang.yaml)
 run_dir=runs/30b-a3b-to-4b-sglang
+set -u
 
 # Caches on the disks of the nodes, kept from job to job.
 caches=/tmp/megatron-opd-$SLURM_JOB_USER

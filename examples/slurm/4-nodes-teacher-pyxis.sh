@@ -13,9 +13,9 @@
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 
-set -uo pipefail
 config=(examples/cross_scale/qwen3-30b-a3b-to-4b.yaml)
 run_dir=runs/30b-a3b-to-4b
+set -u
 
 # Caches on the disks of the nodes, kept from job to job.
 caches=/tmp/megatron-opd-$SLURM_JOB_USER

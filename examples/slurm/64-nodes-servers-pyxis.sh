@@ -16,9 +16,9 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 
-set -uo pipefail
 config=(examples/slurm/sglang.yaml)
 run_dir=runs/30b-a3b-to-4b-sglang
+set -u
 
 # Caches on the disks of the nodes, kept from job to job.
 caches=/tmp/megatron-opd-$SLURM_JOB_USER

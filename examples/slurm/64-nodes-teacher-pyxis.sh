@@ -15,9 +15,9 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 
-set -uo pipefail
 config=(examples/cross_scale/qwen3-235b-a22b-to-30b-a3b.yaml)
 run_dir=runs/235b-a22b-to-30b-a3b
+set -u
 
 # Caches on the disks of the nodes, kept from job to job.
 caches=/tmp/megatron-opd-$SLURM_JOB_USER

@@ -160,7 +160,9 @@ def _machine(job: SlurmJob) -> Iterator[str]:
 
 def _srun(job: SlurmJob, nodes: int, ranks: int, per_node: int, first: int, image: str | None) -> str:
     """The beginning of a step: its options, a line for each kind."""
-    lines = [f"srun --nodes={nodes} --ntasks={ranks} --ntasks-per-node={per_node} --relative={first}"]
+    # A last node with fewer ranks than the others: --ntasks-per-node would be ignored.
+    spread = "ntasks-per-node" if ranks == nodes * per_node else "distribution=plane"
+    lines = [f"srun --nodes={nodes} --ntasks={ranks} --{spread}={per_node} --relative={first}"]
     if job.cpus_per_task:  # a step does not take it from the job
         lines[0] += f" --cpus-per-task={job.cpus_per_task * job.processes_per_node // per_node}"
     lines.append("--kill-on-bad-exit=1")
@@ -210,10 +212,10 @@ def _ranks_step(job: SlurmJob) -> str:
 
 
 _SETTINGS = Template("""
-set -uo pipefail
 config=($config)
 run_dir=$run_dir
-$machine
+${machine}set -u
+
 # Caches on the disks of the nodes, kept from job to job.
 caches=$local_tmp/megatron-opd-$$SLURM_JOB_USER
 export TRITON_CACHE_DIR=$$caches/triton TORCHINDUCTOR_CACHE_DIR=$$caches/inductor HF_HOME=$$caches/huggingface

@@ -56,6 +56,8 @@ def stand_in(tmp_path: Path, submit: Submit, monkeypatch: pytest.MonkeyPatch) ->
         "codes = os.environ['CODES'].split(',')\n"
         "start = int(os.environ.get('SLURM_RESTART_COUNT', 0)) + int(os.environ.get('SLURM_ARRAY_TASK_ID', 1))\n"
         "code = int(codes[min(start, len(codes)) - 1])\n"
+        "names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURMD_NODENAME')\n"
+        "print('started', *(os.environ[name] for name in names), flush=True)\n"
         "time.sleep(0.1 * int(os.environ['RANK']))\n"
         "_ = code in (2, 75) and leave_exit_code(code)\n"
         "sys.exit(code)\n"
@@ -116,6 +118,19 @@ def test_what_follows_an_exit_code(
     job = submit(config, *more, f"--env=CODES={codes}")
     found = slurm_cluster.wait(job, state, tmp_path / f"run-{job}.log")
     assert found["Restarts"] == restarts, text(tmp_path / f"run-{job}.log")
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_ranks_fill_the_nodes_in_order(
+    inputs: Path, tmp_path: Path, slurm_cluster: SlurmCluster, submit: Submit
+) -> None:
+    """Though there are more CPUs than processes: the last node has what is left."""
+    config = write_config(inputs, tmp_path / "run", parallel__data=5)
+    job = submit(config, "--nodes=3", "--processes-per-node=2", "--sbatch=exclusive", "--env=CODES=0")
+    log = tmp_path / f"run-{job}.log"
+    slurm_cluster.wait(job, "COMPLETED", log)
+    ranks = sorted(line.split()[1:] for line in text(log).splitlines() if line.startswith("started"))
+    assert ranks == [[str(rank), "5", str(rank % 2), f"n{1 + rank // 2}"] for rank in range(5)], text(log)
 
 
 @pytest.mark.usefixtures("stand_in")
