@@ -125,7 +125,7 @@ def test_ranks_fill_the_nodes_in_order(
     inputs: Path, tmp_path: Path, slurm_cluster: SlurmCluster, submit: Submit
 ) -> None:
     """Though there are more CPUs than processes: the last node has what is left."""
-    config = write_config(inputs, tmp_path / "run", parallel__data=5)
+    config = write_config(inputs, tmp_path / "run", parallel__data=5, rollout__prompts_per_step=5)
     job = submit(config, "--nodes=3", "--processes-per-node=2", "--sbatch=exclusive", "--env=CODES=0")
     log = tmp_path / f"run-{job}.log"
     slurm_cluster.wait(job, "COMPLETED", log)
@@ -205,14 +205,14 @@ def test_servers_on_nodes_of_their_own(
 def test_a_chain_over_time_limits(
     inputs: Path, tmp_path: Path, slurm_cluster: SlurmCluster, submit: Submit
 ) -> None:
-    """A minute is the shortest limit that SLURM has. The signal comes up to a minute early."""
+    """SLURM counts in minutes, and its signal comes up to a minute early: after 30 s of two minutes at the soonest."""
     changes = {"training__steps": 100_000, "checkpoint__save_every": 0, "evaluation__prompts": None}
     config = write_config(inputs, tmp_path / "run", **changes, evaluation__every=0)
     job = submit(
         config, "--nodes=2", "--processes-per-node=1", "--chain=2", "--time=1", "--signal-seconds=30"
     )
     log = tmp_path / f"run-{job}_2.log"
-    until(lambda: not slurm_cluster.run("squeue", "-h", "-j", job), lambda: text(log), 400)
+    until(lambda: not slurm_cluster.run("squeue", "-h", "-j", job), lambda: text(log), 500)
     first = text(tmp_path / f"run-{job}_1.log")
     assert "stopped by SIGUSR1 after step" in first and "stopped by SIGUSR1 after step" in text(log), first
     assert "resuming at step" in text(log)
