@@ -209,7 +209,7 @@ def test_a_chain_over_time_limits(
     changes = {"training__steps": 100_000, "checkpoint__save_every": 0, "evaluation__prompts": None}
     config = write_config(inputs, tmp_path / "run", **changes, evaluation__every=0)
     job = submit(
-        config, "--nodes=2", "--processes-per-node=1", "--chain=2", "--time=1", "--signal-seconds=30"
+        config, "--nodes=2", "--processes-per-node=1", "--chain=2", "--time=2", "--signal-seconds=30"
     )
     log = tmp_path / f"run-{job}_2.log"
     until(lambda: not slurm_cluster.run("squeue", "-h", "-j", job), lambda: text(log), 500)
