@@ -17,7 +17,6 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.stream import staleness
-from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
@@ -77,8 +76,7 @@ def train(config: Config) -> None:
         if start < steps:
             log.say(saves.cost())
         log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
-    if isinstance(job.teacher, SeparateTeacher):
-        job.teacher.dismiss()
+    job.teacher.finish()
     dist.destroy_process_group()
 
 
@@ -114,7 +112,7 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "rollout_seconds": taken - began,
         "teacher_seconds": scored - taken,
         "train_seconds": trained - scored,
-        **(job.teacher.waits() if isinstance(job.teacher, SeparateTeacher) else {}),
+        **job.teacher.metrics(),
     }, rollouts
 
 
@@ -128,9 +126,9 @@ def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, floa
     rollouts = drawn(
         lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
     )
-    name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
+    means, tokens = job.heldout_reverse_kl(rollouts)
     return {
-        f"eval/{name}": reverse_kl,
+        **{f"eval/{name}": value for name, value in means.items()},
         "eval/response_tokens": tokens / len(rollouts),
         "eval/seconds": time.perf_counter() - began,
     }

@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Self
 
 from megatron_opd.models.gpt import GPT
-from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.training.job import Job
 
 
@@ -37,8 +36,7 @@ class Saves:
         """Begin to save `step`, once the save before is complete; unless saves are asynchronous, complete it too."""
         self.finish()
         with self._timed():
-            if isinstance(self._job.teacher, SeparateTeacher):
-                self._job.teacher.call_to_save(step)
+            self._job.teacher.before_save(step)
             student, state = self._job.student, {"prompts": self._job.prompts.state_dict()}
             with moving_teacher(self._job) as teacher:
                 self._store.save(step, student.chunks, student.optimizer, state, teacher)
@@ -70,8 +68,7 @@ class Saves:
         return f"saved {self._count} checkpoint{'s' * (self._count != 1)}: the training waited {part}"
 
     def _publish(self) -> None:
-        if isinstance(self._job.teacher, SeparateTeacher):
-            self._job.teacher.call_to_publish()
+        self._job.teacher.before_publish()
         self._store.publish()
 
     @contextmanager

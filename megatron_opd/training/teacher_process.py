@@ -48,5 +48,7 @@ def teach(config: Config) -> None:
     newest = store.newest_intact()
     if newest is not None:
         join_load(newest)
-    serve(model, relay.layouts, relay.messages, relay.orders, store.join_save, store.publish, device=device)
+    serve(
+        model, relay.layouts, relay.payload_group, relay.orders, store.join_save, store.publish, device=device
+    )
     dist.destroy_process_group()
