@@ -232,7 +232,8 @@ class Chaos:
             first = psutil.Process(launcher.pid)
             self._others = first.children(recursive=True)
             for process in [first, *self._others]:
-                kinds.setdefault(kind_of(process, launcher.pid), []).append(process)
+                with suppress(psutil.NoSuchProcess):  # writers come and go
+                    kinds.setdefault(kind_of(process, launcher.pid), []).append(process)
         kinds.pop("other", None)
         if not kinds:
             return []
