@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,27 +269,6 @@ def test_what_changed_since_the_last_start_is_said(inputs, tmp_path):
     assert metrics(run_dir)[-1]["lr"] == 1e-4
     finished = run_forked("train", write_config(inputs, run_dir, training__steps=7), "optimizer.lr=1e-4")
     assert "finished already (7 steps; raise training.steps to go on)" in finished.stdout
-
-
-def test_ctrl_c_says_how_to_go_on(inputs, tmp_path):
-    run_dir = tmp_path / "run"
-    config = write_config(inputs, run_dir, training__steps=5000)
-    listening = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # a suite in the background ignores Ctrl-C
-    process = subprocess.Popen(
-        command("train", config), stderr=subprocess.PIPE, text=True, preexec_fn=listening
-    )
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    try:
-        message = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "a training goes on from its last checkpoint" in message and "Traceback" not in message
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {

@@ -22,6 +22,7 @@ from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.schema import CheckpointConfig, Config, ParallelConfig
 from megatron_opd.config.self_distillation import check_self_distillation
 from megatron_opd.config.server_checks import check_servers, check_teacher
+from megatron_opd.config.teacher_cache import check_teacher_cache
 from megatron_opd.errors import UserError
 
 
@@ -47,6 +48,7 @@ def check_fields(config: Config) -> None:
     _check_engine(config.rollout)
     check_teacher(config)
     check_self_distillation(config)
+    check_teacher_cache(config)
     _check_objective(config)
     if config.objective.kept_ids_only:
         _check_kept_ids(config.rollout)

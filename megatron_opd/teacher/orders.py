@@ -46,7 +46,9 @@ class Publish:
 
 @dataclass(frozen=True)
 class Stop:
-    """The run is over."""
+    """The run is over, or has been stopped (`early`) before its last step."""
+
+    early: bool = False
 
 
 Order = Score | Save | Publish | Stop

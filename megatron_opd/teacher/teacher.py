@@ -73,10 +73,10 @@ class Teacher(ABC):
         return {}
 
     def before_save(self, step: int) -> None:  # noqa: B027
-        """The run is about to begin to save `step`."""
+        """The run is about to save `step`."""
 
     def before_publish(self) -> None:  # noqa: B027
-        """The run is about to complete the save that it began last."""
+        """The run is about to complete that save."""
 
-    def finish(self) -> None:  # noqa: B027  most kinds have nothing to do
-        """The run is complete."""
+    def finish(self, *, early: bool = False) -> None:  # noqa: B027  most kinds have nothing to do
+        """The run is complete, or has been stopped (`early`) before its last step."""

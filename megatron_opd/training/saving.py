@@ -8,6 +8,7 @@ from typing import Self
 
 from megatron_opd.models.gpt import GPT
 from megatron_opd.training.job import Job
+from megatron_opd.watch.phases import SAVE
 
 
 class Saves:
@@ -74,7 +75,8 @@ class Saves:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with self._job.phases(SAVE):
+            yield
         self._seconds += time.perf_counter() - began
 
 
