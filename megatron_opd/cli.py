@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -89,11 +90,22 @@ def local(
 
 
 @app.command()
-def doctor() -> None:
-    """Check what this machine has, and whether it can train. Exit code 1 when it cannot."""
-    from megatron_opd.launch.doctor import report
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="YAML file of a run to look for.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check what this machine has, and whether it can train. Exit code 1 when it cannot.
 
-    raise typer.Exit(report())
+    With CONFIG also whether that run could start: layout, disk of run_dir, ports, servers. Started as ranks, by srun
+    say, it checks all their machines, what they share and the connections between them; rank 0 prints.
+    """
+    from megatron_opd.config.load import load_config
+    from megatron_opd.launch.doctor import examine
+
+    raise typer.Exit(examine(load_config(config, overrides or []) if config is not None else None))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
