@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from megatron_opd.cli_convert import convert
+from megatron_opd.cli_evaluate import evaluate
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import end_forks_with_this_process, end_with_launcher, report_user_error
@@ -28,6 +29,7 @@ launch = typer.Typer(help="Start a training with all its processes.", no_args_is
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
+app.command()(evaluate)
 
 
 @app.command()

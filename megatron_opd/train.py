@@ -16,6 +16,7 @@ from megatron_opd.config.load import changed_keys, load_config, save_resolved
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
+from megatron_opd.evaluation.evaluate import metrics_of
 from megatron_opd.models.gpt import GPT
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.stream import staleness
@@ -24,6 +25,7 @@ from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
 from megatron_opd.training.serving import Publish, drawn, serving, unserved
+from megatron_opd.training.task_scores import task_scores
 from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import means_over_tokens
@@ -52,13 +54,13 @@ def train(config: Config) -> None:
             log.say(line)
         if start < steps:
             publish(start)
-        if start == 0 and job.texts.heldout:
+        if start == 0 and job.texts.evaluated:
             log.record(0, evaluate(job, 0, publish))
         for step in range(start + 1, steps + 1):
             metrics, rollouts = train_step(job, step, publish)
-            drawing = step < steps or job.texts.heldout  # with the weights of this step
+            drawing = step < steps or job.texts.evaluated  # with the weights of this step
             metrics["sync_seconds"] = publish(step) if drawing else 0.0
-            if job.texts.heldout and due(step, config.evaluation.every, steps):
+            if job.texts.evaluated and due(step, config.evaluation.every, steps):
                 metrics |= evaluate(job, step, publish)
             log.record(step, metrics, rollouts)
             warning = alarm(metrics, config.rollout)
@@ -113,6 +115,14 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
 
 
 def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
+    """What `evaluation` asks for: held-out reverse KL, and the scores of tasks, which rank 0 alone returns."""
+    metrics = evaluate_heldout(job, step, publish) if job.texts.heldout else {}
+    if job.texts.tasks:
+        metrics |= metrics_of(task_scores(job, step, publish))
+    return metrics
+
+
+def evaluate_heldout(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
     """Held-out reverse KL in nats per token, on the student's own rollouts from the held-out prompts.
 
     With a teacher behind servers it is an estimate, see `Job.heldout_reverse_kl`.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from megatron_opd.config.evaluation import EvaluationConfig
 from megatron_opd.config.objective import ObjectiveConfig
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
@@ -191,19 +192,6 @@ class TrainingConfig(Section):
         description="Factor of the loss that balances the experts of the student; every layer adds 1 when balanced. "
         "null: what its config.json says (router_aux_loss_coef with output_router_logits, else 0).",
     )
-
-
-class EvaluationConfig(Section):
-    """Held-out reverse KL on the student's own rollouts, before the first step and after the last."""
-
-    prompts: LocalPath | None = Field(
-        None,
-        description="Held-out prompts, a file or directory like `data.prompts`. null: no evaluation.",
-    )
-    every: Count = Field(
-        0, description="Also evaluate every so many steps. 0: only before the first and after the last."
-    )
-    max_prompts: PositiveInt = Field(128, description="Prompts used: the first of the file.")
 
 
 class CheckpointConfig(Section):

@@ -1,5 +1,6 @@
 """What a run tells the user while it goes and when it ends: rank 0's bar, metrics, samples, curve and summary."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,18 @@ HELDOUT = {
     "eval/reverse_kl": "held-out reverse KL",
     "eval/reverse_kl_sampled": "held-out reverse KL, estimated from sampled tokens",
 }
+
+
+def task_lines(values: Mapping[str, float]) -> list[str]:
+    """A line on every task whose scores are among the metrics."""
+    lines: dict[str, str] = {}
+    for name, value in values.items():
+        found = re.fullmatch(r"eval/(.+)/((?:avg|pass|maj)@\d+)", name)
+        if found:
+            low, high = values[f"{name}_low"], values[f"{name}_high"]
+            said = f"{found[2]} {value:.1%} [{low:.1%}, {high:.1%}]"
+            lines[found[1]] = f"{lines[found[1]]}, {said}" if found[1] in lines else f"{found[1]} {said}"
+    return list(lines.values())
 
 
 class RunLog:
@@ -86,6 +99,8 @@ class RunLog:
         for name, what in HELDOUT.items():
             if name in values:
                 self.say(f"step {step}: {what} {values[name]:.4f} nats/token")
+        for line in task_lines(values):
+            self.say(f"step {step}: {line}")
 
     def summarise(self, *, checkpoint: Path, export: Path | None) -> None:
         """Draw the curve and print what the run achieved and where its outputs are."""

@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def test_a_file_that_does_not_come_is_not_seen(tmp_path, monkeypatch):
 
 
 def test_servers_that_run_already_say_what_they_serve(inputs, tmp_path):
-    answers = {
+    answers: dict[str, dict[str, Any]] = {
         "/model_info": {"model_path": "served", "weight_version": "3", "architectures": ["Qwen3ForCausalLM"]},
         "/server_info": {"version": "0.5.23"},
     }
