@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Self
 
 from megatron_opd.errors import UserError
 from megatron_opd.evaluation.answers import plainly_same
+from megatron_opd.evaluation.grading_process import CPU_SECONDS
 
 MODULE = "megatron_opd.evaluation.grading_process"
-WALL_SECONDS = 900.0  # without a reply: a process that neither computes nor answers; see CPU_SECONDS there
+WALL_SECONDS = 900.0  # without a reply: a process that neither computes nor answers
 RIGHT = 1 - 1e-9  # a score from which on an answer is right
 
 
@@ -27,10 +28,11 @@ class Verdict(NamedTuple):
 class Grader:
     """Judges answers in a process of its own, which lives as long as `with Grader() as grader:` does.
 
-    The same answer to the same problem is judged once.
+    A judgement may take `seconds` of CPU time. The same answer to the same problem is judged once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: int = CPU_SECONDS) -> None:
+        self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._known: dict[str, Verdict] = {}
@@ -86,7 +88,7 @@ class Grader:
         self._errors.truncate()
         environment = {**os.environ, "PYTHONHASHSEED": "0"}  # generators may go by the order of sets
         self._process = subprocess.Popen(
-            [sys.executable, "-m", MODULE],
+            [sys.executable, "-m", MODULE, str(self._seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

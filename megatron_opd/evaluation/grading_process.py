@@ -1,8 +1,8 @@
-"""The process that judges answers: `python -m megatron_opd.evaluation.grading_process`, JSON lines in and out.
+"""The process that judges answers: `python -m megatron_opd.evaluation.grading_process SECONDS`, JSON lines in and out.
 
 Nothing that a model writes is trusted: math-verify and the scorers of reasoning-gym may run for ever over it, or take
-all memory. A judgement has CPU_SECONDS; time that other processes take does not count. What goes on beyond that, in C say,
-ends this process, which the other side then starts again. It says {"ready": true} first.
+all memory. A judgement has SECONDS of CPU time; what other processes take does not count. What goes on beyond that, in
+C say, ends this process, which the other side then starts again. It says {"ready": true} first.
 """
 
 import json
@@ -17,7 +17,7 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
-CPU_SECONDS = 5  # of one judgement, then it is given up
+CPU_SECONDS = 5  # of one judgement, unless told otherwise; then it is given up
 LAST_CPU_SECONDS = 5  # more, then the kernel ends this process
 LISTING_SECONDS = 600  # the same for making a whole data set
 MEMORY = 6 << 30  # bytes of address space
@@ -27,15 +27,15 @@ class GivenUp(BaseException):
     """The time of a judgement is over. No `except Exception` in a library may swallow it."""
 
 
-def main() -> None:
-    """Answers every line of stdin until it ends."""
+def main(seconds: int) -> None:
+    """Answers every line of stdin until it ends; a judgement may take so many seconds of CPU time."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no reply
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     _say(replies, {"ready": True})
     for line in sys.stdin:
-        _say(replies, serve(json.loads(line)))
+        _say(replies, serve(json.loads(line), seconds))
 
 
 def _say(replies: Any, reply: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def _say(replies: Any, reply: dict[str, Any]) -> None:
     replies.flush()
 
 
-def serve(request: dict[str, Any]) -> dict[str, Any]:
+def serve(request: dict[str, Any], seconds: int) -> dict[str, Any]:
     """The reply to one request, which says what to `do`.
 
     `grade`: {"score": 1.0 or 0.0} of `answer` against `expected`. `list`: {"problems": [...]} of a reasoning-gym task.
@@ -58,7 +58,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
                 return {"problems": [[entry["question"], str(entry["answer"])] for entry in entries]}
         if do == "score":
             _entries(json.dumps(request["task"]))  # made before the clock runs
-        with limited(CPU_SECONDS):
+        with limited(seconds):
             return {"score": _graded(request) if do == "grade" else _scored(request)}
     except GivenUp:
         return {"score": 0.0, "trouble": "given up: it takes too long"}
@@ -120,4 +120,4 @@ def _entries(task: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

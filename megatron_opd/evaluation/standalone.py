@@ -107,31 +107,44 @@ def evaluate_model(
 ) -> dict[str, TaskScores]:
     """Evaluate a model folder of any kind; samples, and results.json at the end, are written to `output`.
 
-    Unless `quiet`, what servers do is told. Returns the scores by task on rank 0, {} elsewhere. Collective: every started rank calls it. Raises UserError.
+    Unless `quiet`, what servers do is told. Returns the scores by task on rank 0, {} elsewhere. Collective: every
+    started rank calls it. Raises UserError.
     """
     arch, layout = check_evaluation(config, model, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = load_tokenizer(model)
     tasks = read_tasks(config, tokenizer, arch.max_positions)
     texts = EvaluatedTexts(tokenizer, arch.vocab_size, stop_ids(model, tokenizer), tasks)
-    # The servers' folder, and the files beside exported weights.
-    student = config.student.model_copy(update={"path": model})
-    config = config.model_copy(update={"run_dir": output, "student": student})
     cpu.install()
     device = init_distributed()
+    evaluated = load(config, model, output, arch, layout, texts, device)
+    scores = scores_on_rank_0(evaluated, _say if not quiet and dist.get_rank() == 0 else _silent)
+    if scores:
+        found = {"model": str(model), "tasks": as_json(scores)}
+        (output / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+    dist.destroy_process_group()
+    return scores
+
+
+def load(
+    config: Config,
+    model: Path,
+    output: Path,
+    arch: Architecture,
+    layout: ParallelLayout,
+    texts: EvaluatedTexts,
+    device: torch.device,
+) -> Evaluated:
+    """The model with its weights. Collective over WORLD, which the layout fills."""
+    # Servers have their logs in the run directory, and the files beside exported weights are the student's.
+    student = config.student.model_copy(update={"path": model})
+    config = config.model_copy(update={"run_dir": output, "student": student})
     groups = build_groups(layout)
     padded = arch.padded_vocab_size(layout.tensor)
     chunks = load_gpt(arch, model, layout, groups, config.precision, padded, device)
     for chunk in chunks:
         chunk.eval()
     engine = engine_of(config, chunks, arch, groups)
-    evaluated = Evaluated(config, arch, groups, device, EvaluatedChunks(chunks), texts, engine)
-    scores = _scores(evaluated, _say if not quiet and dist.get_rank() == 0 else _silent)
-    if scores:
-        (output / RESULTS).write_text(
-            json.dumps({"model": str(model), "tasks": as_json(scores)}, indent=1) + "\n"
-        )
-    dist.destroy_process_group()
-    return scores
+    return Evaluated(config, arch, groups, device, EvaluatedChunks(chunks), texts, engine)
 
 
 def engine_of(
@@ -143,7 +156,8 @@ def engine_of(
     return LocalEngine(chunks, arch, groups, max_batch=config.rollout.max_batch)
 
 
-def _scores(evaluated: Evaluated, say: Callable[[str], None]) -> dict[str, TaskScores]:
+def scores_on_rank_0(evaluated: Evaluated, say: Callable[[str], None]) -> dict[str, TaskScores]:
+    """The scores by task on rank 0, {} elsewhere; `say` is told what servers do. Collective over the model's ranks."""
     config, texts, groups = evaluated.config, evaluated.texts, evaluated.groups
 
     def draw(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
