@@ -24,7 +24,7 @@ OutputFolder = Annotated[
     Path | None,
     typer.Option(
         "--output",
-        help="Folder for samples and results.json. Default: RUN_DIR/evaluation/MODEL.",
+        help="Folder for samples and results.json. Default: RUN_DIR/evaluate/MODEL.",
         show_default=False,
     ),
 ]

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from megatron_opd.config.checks import check_fields
 from megatron_opd.config.layout_checks import check_divisible, check_experts, data_parallel_size
 from megatron_opd.config.schema import Config
 from megatron_opd.data.prompts import Prompt
@@ -83,11 +84,12 @@ def model_of(config: Config, given: Path | None) -> Path:
 
 def default_output(config: Config, model: Path) -> Path:
     """Where the results of a model go unless told otherwise."""
-    return config.run_dir / "evaluation" / model.name
+    return config.run_dir / "evaluate" / model.name
 
 
 def check_evaluation(config: Config, model: Path, processes: int) -> tuple[Architecture, ParallelLayout]:
     """The model, and its layout on so many processes. Raises UserError where these do not fit, or without tasks."""
+    check_fields(config)
     if not config.evaluation.tasks:
         raise UserError(
             "evaluation.tasks: there are none: give some, such as evaluation.tasks.aime24.path=..."
@@ -112,6 +114,10 @@ def evaluate_model(
     """
     arch, layout = check_evaluation(config, model, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = load_tokenizer(model)
+    if len(tokenizer) > arch.vocab_size:
+        raise UserError(
+            f"{model}: its tokenizer has {len(tokenizer)} tokens, the model only {arch.vocab_size}: use its own"
+        )
     tasks = read_tasks(config, tokenizer, arch.max_positions)
     texts = EvaluatedTexts(tokenizer, arch.vocab_size, stop_ids(model, tokenizer), tasks)
     cpu.install()

@@ -38,7 +38,8 @@ class RunLog:
     """Records the steps of a run in its directory. A context manager; on ranks other than 0 it does nothing.
 
     `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it no
-    longer counts: its metrics and ledger are set aside, its samples removed. `decode` turns token ids into text.
+    longer counts: its metrics and ledger are set aside, its samples and those of its evaluations removed. `decode`
+    turns token ids into text.
 
     Every method raises UserError when the disk is full or cannot be written.
     """
@@ -58,6 +59,9 @@ class RunLog:
             for path in (run_dir / "rollouts").glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > start:
                     path.unlink()
+            for path in (run_dir / "evaluation").glob("step_*"):
+                if int(path.name.removeprefix("step_")) > start:
+                    shutil.rmtree(path)
 
     def __enter__(self) -> Self:
         if self.enabled:

@@ -106,7 +106,8 @@ def test_a_run_evaluates_and_the_command_finds_the_same_of_its_checkpoint(inputs
     again = run_forked("evaluate", config, "evaluation.tasks.sums.k=1")
     assert again.returncode == 0, again.stderr
     assert "avg@4" in again.stdout and "results.json" in again.stdout
-    folder = run_dir / "evaluation" / "step_00000002"
+    folder = run_dir / "evaluate" / "step_00000002"
+    assert samples_in(folder) == samples_in(run_dir / "evaluation" / "step_00000002")
     found = json.loads((folder / "results.json").read_text())
     assert found["model"].endswith("checkpoints/step_00000002")
     for name, estimate in found["tasks"]["digits"]["metrics"].items():
@@ -142,7 +143,7 @@ def test_mistakes_are_one_line(words, message, inputs, tmp_path):
 
 def test_a_run_without_tasks_has_nothing_to_evaluate(inputs, tmp_path):
     config = load_config(write_config(inputs, tmp_path / "run"))
-    with pytest.raises(UserError, match="evaluation.tasks: there are none"):
+    with pytest.raises(UserError, match=r"evaluation\.tasks: there are none"):
         check_evaluation(config, inputs / "student", 1)
 
 
