@@ -68,7 +68,7 @@ def _shown(value: Any) -> str:
 def _known(key: str) -> list[str]:
     """The keys that a misspelt one may stand for, those of an entry of a table among them."""
     section = key.rpartition(".")[0]
-    model = section_at(section)
+    model = section_at(section) if section else None
     return [*all_keys(), *(f"{section}.{name}" for name in (model.model_fields if model is not None else ()))]
 
 
