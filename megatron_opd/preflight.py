@@ -1,8 +1,8 @@
 """The checks of a run that need no process group: made before processes start, and again by each of them."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -12,9 +12,16 @@ import torch
 from megatron_opd.config.checks import check_layout
 from megatron_opd.config.layout_checks import check_teacher_layout
 from megatron_opd.config.rollout import SGLangConfig
-from megatron_opd.config.schema import Config, ParallelConfig, TeacherConfig, TeacherParallelConfig
+from megatron_opd.config.schema import (
+    SERVED_KINDS,
+    Config,
+    ParallelConfig,
+    TeacherConfig,
+    TeacherParallelConfig,
+)
 from megatron_opd.config.section import Section
 from megatron_opd.config.self_distillation import check_same_model
+from megatron_opd.config.several_teachers import check_several_teachers
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture, ServedModel, read_architecture, read_served
 from megatron_opd.objectives.gates import Gate
@@ -22,7 +29,6 @@ from megatron_opd.objectives.objective import Objective
 from megatron_opd.objectives.policy_gradient import PolicyGradient
 from megatron_opd.objectives.shaping import Shaping
 from megatron_opd.objectives.token_weights import TokenWeight
-from megatron_opd.teacher.payload import SERVED_KINDS
 
 MEMORY_SHARE = "--mem-fraction-static"  # SGLang's argument
 Settings = TypeVar("Settings", Gate, PolicyGradient, Shaping, TokenWeight)
@@ -34,17 +40,23 @@ class Checked:
     """What the checks found out on the way. `parallel.data` is filled in."""
 
     student: Architecture
-    teacher: Architecture | None  # None: it is behind servers
+    teacher: Architecture | None  # None: it is behind servers, or there are several
     reference: Architecture | None
     parallel: ParallelConfig
     objective: Objective
     served: ServedModel | None = None  # the teacher behind servers
     teacher_parallel: TeacherParallelConfig | None = None  # None: the student's layout
+    teachers: Mapping[str, Architecture] = field(default_factory=dict)  # several, by name
 
     @property
     def architectures(self) -> list[Architecture]:
         """Of all models that the processes of the run hold."""
-        return [arch for arch in (self.student, self.teacher, self.reference) if arch is not None]
+        models = (self.student, self.teacher, *self.teachers.values(), self.reference)
+        return [arch for arch in models if arch is not None]
+
+    def with_teacher(self, name: str) -> "Checked":
+        """The same with one of several teachers as the teacher; vocabulary and padding stay those of all."""
+        return replace(self, teacher=self.teachers[name])
 
     @property
     def vocab_size(self) -> int:
@@ -84,7 +96,7 @@ def check_before_start(config: Config, world_size: int) -> Checked:
         told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE")
         check_server_gpus(config, int(told or min(world_size, max(1, torch.cuda.device_count()))))
     teacher = config.teacher
-    if teacher.sglang.python is not None and not any(teacher.path.glob("*.safetensors")):
+    if teacher.sglang.python is not None and not any(teacher.folder.glob("*.safetensors")):
         raise UserError(
             f"teacher.path: {teacher.path} has no *.safetensors for the servers to load: name a Hugging Face folder, "
             "or give teacher.sglang.urls"
@@ -98,21 +110,28 @@ def check_models(config: Config, world_size: int) -> Checked:
     Raises UserError for a missing or unsupported model, an objective whose settings do not go together, or a
     layout that does not fit `world_size` processes.
     """
+    check_several_teachers(config)
     objective = build_objective(config)
     student = _read("student.path", config.student.path, read_architecture)
     served, teacher = None, None
+    teachers = {
+        name: _read(f"teacher.paths.{name}", folder, read_architecture)
+        for name, folder in config.teacher.paths.items()
+    }
     if config.teacher.engine == "sglang":
-        served = _read("teacher.path", config.teacher.path, read_served)
-    else:
-        teacher = _read("teacher.path", config.teacher.path, read_architecture)
+        served = _read("teacher.path", config.teacher.folder, read_served)
+    elif not teachers:
+        teacher = _read("teacher.path", config.teacher.folder, read_architecture)
         if config.teacher.ema is not None:
             check_same_model(student, teacher)
     reference = None
     if config.reference is not None:
         reference = _read("reference.path", config.reference.path, read_architecture)
-    parallel = check_layout(config, student, teacher, world_size, reference, served=served)
+    parallel = check_layout(config, student, teacher, world_size, reference, served=served, teachers=teachers)
     own = check_teacher_layout(config, teacher, world_size)
-    return Checked(student, teacher, reference, parallel, objective, served, own)
+    for name, arch in teachers.items():
+        own = check_teacher_layout(config, arch, world_size, f"teacher {name}")
+    return Checked(student, teacher, reference, parallel, objective, served, own, teachers)
 
 
 def build_objective(config: Config) -> Objective:

@@ -20,7 +20,6 @@ from megatron_opd.evaluation.evaluate import metrics_of
 from megatron_opd.models.gpt import GPT
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.stream import staleness
-from megatron_opd.teacher.separate import SeparateTeacher
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
@@ -73,8 +72,7 @@ def train(config: Config) -> None:
             architecture, source = job.architecture, config.student.path
             save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
         log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
-    if isinstance(job.teacher, SeparateTeacher):
-        job.teacher.dismiss()
+    job.teacher.finish()
     dist.destroy_process_group()
 
 
@@ -110,7 +108,7 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "rollout_seconds": taken - began,
         "teacher_seconds": scored - taken,
         "train_seconds": trained - scored,
-        **(job.teacher.waits() if isinstance(job.teacher, SeparateTeacher) else {}),
+        **job.teacher.metrics(),
     }, rollouts
 
 
@@ -132,9 +130,9 @@ def evaluate_heldout(job: Job, step: int, publish: Publish = unserved) -> dict[s
     rollouts = drawn(
         lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
     )
-    name, reverse_kl, tokens = job.heldout_reverse_kl(rollouts)
+    means, tokens = job.heldout_reverse_kl(rollouts)
     return {
-        f"eval/{name}": reverse_kl,
+        **{f"eval/{name}": value for name, value in means.items()},
         "eval/response_tokens": tokens / len(rollouts),
         "eval/seconds": time.perf_counter() - began,
     }
@@ -149,8 +147,7 @@ def changes_since(config: Config) -> list[str]:
 def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`: model, optimizer, prompt position, and a teacher that follows the student."""
     state = {"prompts": job.prompts.state_dict()}
-    if isinstance(job.teacher, SeparateTeacher):
-        job.teacher.call_to_save(step)
+    job.teacher.before_save(step)
     with moving_teacher(job) as teacher:
         job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state, teacher)
 

@@ -24,12 +24,18 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests marked `full` to `make test-full`."""
-    if os.environ.get("MEGATRON_OPD_FULL"):
-        return
-    full = [item for item in items if item.get_closest_marker("full")]
-    config.hook.pytest_deselected(items=full)
-    items[:] = [item for item in items if item not in full]
+    """Leave the tests marked `full` to `make test-full`, and put the longest files first.
+
+    `make test` gives whole files to several processes: one that takes minutes must not begin last. Those are the
+    files of whole runs and of tests that ask SGLang.
+    """
+    if not os.environ.get("MEGATRON_OPD_FULL"):
+        full = {item for item in items if item.get_closest_marker("full")}
+        config.hook.pytest_deselected(items=list(full))
+        items[:] = [item for item in items if item not in full]
+    runs = {item.path for item in items if item.path.parent == Path(__file__).parent}
+    served = {item.path for item in items if "sglang" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in runs | served)
 
 
 @pytest.fixture(scope="session")

@@ -102,3 +102,14 @@ def test_the_ranks_of_a_teacher_in_a_layout_of_its_own_are_named(capsys: pytest.
     assert set(theirs["payload"]["sent"]) == {str(rank) for rank in range(32, 40)}
     assert run(path, "parallel.expert=1", "teacher.parallel.separate=true", "teacher.parallel.tensor=3") == 2
     assert "error: teacher.parallel.tensor: 3 does not divide" in capsys.readouterr().err
+
+
+def test_several_teachers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "examples/plans/models/Qwen3-4B"
+    several = [
+        "teacher.path=null",
+        f"teacher.paths={{a: {folder}, b: {folder}}}",
+        "teacher.route_field=domain",
+    ]
+    assert run("examples/plans/qwen3-30b-a3b-to-4b.yaml", "parallel.expert=1", *several) == 2
+    assert "error: teacher.paths: what several teachers take is not planned" in capsys.readouterr().err

@@ -139,6 +139,35 @@ def test_what_a_check_finds_out(tmp_path: Path) -> None:
         check_before_start(Config.model_validate({**tree, "reference": {"path": str(tmp_path / "no")}}), 1)
 
 
+def test_every_teacher_has_to_fit(tmp_path: Path) -> None:
+    for name, layers in (("s", 4), ("a", 4), ("b", 2)):
+        save_tiny_model(tmp_path / name, layers=layers, vocab=240 if name == "b" else 250)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    several = {"paths": {name: str(tmp_path / name) for name in ("a", "b")}, "weights": {"a": 1, "b": 1}}
+    tree: dict[str, Any] = {
+        **MINIMAL,
+        "student": {"path": str(tmp_path / "s")},
+        "teacher": several,
+        "data": {"prompts": str(tmp_path / "p.jsonl"), "max_prompt_tokens": 32},
+    }
+    checked = check_before_start(Config.model_validate(tree), 1)
+    assert checked.teacher is None and list(checked.teachers) == ["a", "b"]
+    assert checked.vocab_size == checked.with_teacher("a").vocab_size == 240
+    fourfold = Config.model_validate({**tree, "parallel": {"pipeline": 4}})
+    with pytest.raises(
+        UserError, match=r"^parallel\.pipeline: .* 2 layers of the teacher b: use one of 1, 2$"
+    ):
+        check_before_start(fourfold, 4)
+    own = Config.model_validate({**tree, "teacher": {**several, "parallel": {"pipeline": 4}}})
+    with pytest.raises(
+        UserError, match=r"^teacher\.parallel\.pipeline: .* 2 layers of the teacher b: use one"
+    ):
+        check_before_start(own, 4)
+    missing = {**several, "paths": {"a": str(tmp_path / "a"), "b": str(tmp_path / "no")}}
+    with pytest.raises(UserError, match=r"^teacher\.paths\.b: "):
+        check_before_start(Config.model_validate({**tree, "teacher": missing}), 1)
+
+
 def test_a_served_teacher_is_checked_without_its_weights(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "s")
     (tmp_path / "t").mkdir()

@@ -4,6 +4,7 @@ built.
 Pure functions of plain values. Each raises UserError with one line that names the key and the remedy.
 """
 
+from collections.abc import Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -56,11 +57,12 @@ def check_layout(
     reference: ModelSizes | None = None,
     *,
     served: ServedSizes | None = None,
+    teachers: Mapping[str, ModelSizes] | None = None,
 ) -> ParallelConfig:
     """Conditions between `config`, the models and the number of processes, `check_fields` included.
 
-    A teacher behind servers is `served`, and `teacher` is None. Returns the student's layout with `data` filled in;
-    that of a teacher with its own has to fit too (`check_teacher_layout`).
+    A teacher behind servers is `served`, several are `teachers`, and `teacher` is None. Returns the student's layout
+    with `data` filled in; that of a teacher with its own has to fit too (`check_teacher_layout`).
     """
     check_fields(config)
     data = data_parallel_size(config.parallel, world_size, others=teacher_processes(config))
@@ -73,7 +75,8 @@ def check_layout(
         )
     if config.training.moe_aux_loss is not None and not student.num_experts:
         raise UserError("training.moe_aux_loss: the student has no experts to balance: leave it null")
-    roles = {"student": student, "teacher": teacher, "reference": reference}
+    several = {f"teacher {name}": model for name, model in (teachers or {}).items()}
+    roles = {"student": student, "teacher": teacher, **several, "reference": reference}
     models = {role: model for role, model in roles.items() if model is not None}
     sizes: dict[str, ServedSizes] = {**models, **({"teacher": served} if served else {})}
     shared = min(model.vocab_size for model in sizes.values())
@@ -82,7 +85,11 @@ def check_layout(
             f"rollout.engine: SGLang draws from all {student.vocab_size} tokens of the student, but another model has "
             f"only {shared}: set it to local"
         )
-    alike = {role: m for role, m in models.items() if role != "teacher" or config.teacher.parallel is None}
+    alike = {
+        role: m
+        for role, m in models.items()
+        if not role.startswith("teacher") or config.teacher.parallel is None
+    }
     check_divisible("parallel", config.parallel, alike)
     check_experts("parallel", config.parallel, alike, data)
     for role, model in sizes.items():
@@ -234,6 +241,6 @@ def _check_rollout(config: Config, role: str, model: ServedSizes) -> None:
 
 def _longest_sequence(config: Config, role: str) -> tuple[str, int]:
     """What limits the prompts that a model reads, and tokens of the longest with the longest response."""
-    if role == "teacher" and config.teacher.max_prompt_tokens is not None:
+    if role.startswith("teacher") and config.teacher.max_prompt_tokens is not None:
         return "teacher.max_prompt_tokens", config.teacher_prompt_tokens + config.rollout.max_new_tokens
     return "data.max_prompt_tokens", config.data.max_prompt_tokens + config.rollout.max_new_tokens

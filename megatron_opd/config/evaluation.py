@@ -1,13 +1,11 @@
 """The keys of evaluations: held-out reverse KL, and tasks with right answers."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
-from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
+from megatron_opd.config.section import Count, LocalPath, Name, PositiveInt, Section
 from megatron_opd.errors import UserError
-
-TaskName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
 class TaskConfig(Section):
@@ -67,7 +65,7 @@ class EvaluationConfig(Section):
         description="Held-out prompts, a file or directory like `data.prompts`: reverse KL on the student's own "
         "rollouts. null: none.",
     )
-    tasks: dict[TaskName, TaskConfig] = Field(
+    tasks: dict[Name, TaskConfig] = Field(
         {}, description="Tasks by name, graded: their metrics are eval/NAME/avg@k, pass@k and maj@k."
     )
     every: Count = Field(

@@ -86,7 +86,7 @@ def alignment_of_run(config: Config) -> int:
 
 
 def check_teacher_layout(
-    config: Config, teacher: ModelSizes | None, world_size: int
+    config: Config, teacher: ModelSizes | None, world_size: int, role: str = "teacher"
 ) -> TeacherParallelConfig | None:
     """The layout of a teacher that has its own, with `data` filled in; None: it has the student's, or none."""
     own, key = config.teacher.parallel, "teacher.parallel"
@@ -99,8 +99,8 @@ def check_teacher_layout(
     data = own.data or 1
     if not own.separate:
         data = data_parallel_size(own, world_size, key=key)
-    check_divisible(key, own, {"teacher": teacher})
-    check_experts(key, own, {"teacher": teacher}, data)
+    check_divisible(key, own, {role: teacher})
+    check_experts(key, own, {role: teacher}, data)
     return own.model_copy(update={"data": data})
 
 

@@ -5,14 +5,20 @@ is not a number, 1.0 is not an integer. A token is a token of the student's toke
 `~`; relative paths are relative to the current directory, not to the file that names them.
 """
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_opd.config.evaluation import EvaluationConfig
 from megatron_opd.config.objective import ObjectiveConfig
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
-from megatron_opd.config.section import Count, LocalPath, PositiveInt, Section
+from megatron_opd.config.section import Count, LocalPath, Name, PositiveInt, PositiveWeight, Section
+
+PayloadKind = Literal["hidden_states", "logits", "topk", "sampled"]
+SERVED_KINDS: tuple[PayloadKind, ...] = ("topk", "sampled")
+"""Payloads that are log-probs of some ids, at the temperature of the rollouts."""
 
 
 class ParallelConfig(Section):
@@ -62,8 +68,8 @@ class ModelConfig(Section):
     )
 
 
-class FrozenModelConfig(ModelConfig):
-    """A model that is only run forward."""
+class OffloadConfig(Section):
+    """Where the weights of models that are only run forward lie."""
 
     offload: bool = Field(
         False,
@@ -71,16 +77,44 @@ class FrozenModelConfig(ModelConfig):
     )
 
 
-class TeacherConfig(FrozenModelConfig):
-    """The teacher. Behind servers nothing of it is loaded here: of `path`, config.json and tokenizer are enough."""
+class FrozenModelConfig(OffloadConfig, ModelConfig):
+    """A model that is only run forward."""
 
+
+class TeacherConfig(OffloadConfig):
+    """The teacher, or several: every other key then holds for each of them.
+
+    Behind servers nothing of it is loaded here: of `path`, config.json and tokenizer are enough.
+    """
+
+    paths: dict[Name, LocalPath] = Field(
+        {},
+        description="Several teachers in the place of `path`: name and folder of each. They are used as `route_field` "
+        "or `weights` says.",
+    )
+    path: LocalPath | None = Field(
+        None,
+        validate_default=True,
+        description="Folder of the model: Hugging Face, converted to Megatron, or a checkpoint of a run.",
+    )
+    route_field: str | None = Field(
+        None,
+        min_length=1,
+        description="Key of a prompt's line whose text is the name of its teacher in `paths`, which alone scores its "
+        "responses; held-out prompts have it too.",
+    )
+    weights: dict[Name, PositiveWeight] = Field(
+        {},
+        description="Weight of each of `paths`, relative to their sum: every teacher scores every response, and the "
+        "loss is the weighted mean of the losses with each alone.",
+    )
     engine: Literal["megatron", "sglang"] = Field(
         "megatron",
         description="megatron: on the training processes, or as `parallel` says. sglang: SGLang servers, as the "
         "section `sglang` says, which give log-probs of single tokens: for policy_gradient or a support, at "
         "temperature 1 or renormalized.",
     )
-    payload: Literal["hidden_states", "logits", "topk", "sampled"] = Field(
+    payload: PayloadKind = Field(
         "hidden_states",
         description="What the engine megatron hands over of each response token. hidden_states: for every objective. "
         "logits: of the whole vocabulary, for debugging. topk: log-probs of the sampled token and of its "
@@ -114,6 +148,25 @@ class TeacherConfig(FrozenModelConfig):
         description="Tokens of a response that a server scores in one request: bounds its memory for log-probs. Read "
         "by the engine sglang.",
     )
+
+    @field_validator("path")
+    @classmethod
+    def _named(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is None and info.data.get("paths") == {}:
+            raise PydanticCustomError("missing", "there is no teacher")
+        return path
+
+    @property
+    def folder(self) -> Path:
+        """Of the one teacher."""
+        assert self.path is not None, "there are several"
+        return self.path
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Of every teacher, by the key that names it."""
+        several = {f"teacher.paths.{name}": folder for name, folder in self.paths.items()}
+        return several if self.path is None else {"teacher.path": self.path}
 
 
 class DataConfig(Section):
@@ -229,3 +282,8 @@ class Config(Section):
     def teacher_prompt_tokens(self) -> int:
         """Tokens that the teacher reads before a response at most."""
         return self.teacher.max_prompt_tokens or self.data.max_prompt_tokens
+
+    def with_teacher(self, name: str) -> "Config":
+        """The same with one of several teachers alone."""
+        one = {"path": self.teacher.paths[name], "paths": {}, "route_field": None, "weights": {}}
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update=one)})

@@ -11,7 +11,9 @@ def _expand_home(path: Path) -> Path:
 
 
 LocalPath = Annotated[Path, Field(strict=False), AfterValidator(_expand_home)]
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 PositiveInt = Annotated[int, Field(ge=1)]
+PositiveWeight = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
 

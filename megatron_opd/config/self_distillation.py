@@ -50,6 +50,8 @@ def check_self_distillation(config: Config) -> None:
             )
     if teacher.ema is None:
         return
+    if teacher.paths:
+        raise UserError("teacher.ema: one teacher follows the student: give teacher.path, or leave it null")
     if teacher.engine == "sglang":
         raise UserError(
             "teacher.ema: servers keep the weights that they were started with: set teacher.engine to megatron, or "

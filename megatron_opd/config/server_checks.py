@@ -1,7 +1,7 @@
 """Conditions between the keys of SGLang servers, those of the rollouts and those of a teacher."""
 
 from megatron_opd.config.rollout import SGLangConfig
-from megatron_opd.config.schema import Config, TeacherConfig
+from megatron_opd.config.schema import SERVED_KINDS, Config, PayloadKind, TeacherConfig
 from megatron_opd.errors import UserError
 
 OWNED_ARGUMENTS = {
@@ -75,9 +75,9 @@ def check_teacher(config: Config) -> None:
         )
 
 
-def _check_payload(payload: str, support: str) -> None:
+def _check_payload(payload: PayloadKind, support: str) -> None:
     """The ids of log-probs that a Megatron teacher hands over are those that the objective reads."""
-    if payload not in ("topk", "sampled"):
+    if payload not in SERVED_KINDS:
         return
     if support.startswith("student_topk"):
         raise UserError(

@@ -14,15 +14,20 @@ import datasets
 from megatron_opd.errors import UserError
 
 
-def read_rows(path: Path, field: str, texts: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+def read_rows(
+    path: Path, field: str, texts: Sequence[str] = (), *, key: str = "data.prompt_field"
+) -> list[tuple[str, dict[str, Any]]]:
     """The values of `field` and of the fields `texts` in file order (the files of a folder in the order of their
     names), each row with the place it came from ("prompts.jsonl, line 3"); blank lines skipped.
 
     A value of `field` is a string or a list, those of `texts` are strings. Raises UserError naming the file, the line
-    and the remedy for a missing path, a broken line, an absent field and a value of another type.
+    and the remedy for a missing path, a broken line, an absent field (`key` is what names `field` in the
+    configuration) and a value of another type.
     """
     values = [
-        placed for file in _jsonl_files(path) for placed in _with_places(file, _read_file(file, field, texts))
+        placed
+        for file in _jsonl_files(path)
+        for placed in _with_places(file, _read_file(file, field, texts, key))
     ]
     if not values:
         raise UserError(
@@ -44,7 +49,7 @@ def _jsonl_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read_file(file: Path, field: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+def _read_file(file: Path, field: str, texts: Sequence[str], key: str) -> list[dict[str, Any]]:
     if not any(True for _ in _lines(file)):
         return []
     verbosity = datasets.logging.get_verbosity()
@@ -63,13 +68,15 @@ def _read_file(file: Path, field: str, texts: Sequence[str]) -> list[dict[str, A
                 columns = [list(table[name]) for name in names]
                 rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise _explain(file, field, texts) or UserError(f"{file}: not readable as JSONL ({error})") from None
+        raise _explain(file, field, texts, key) or UserError(
+            f"{file}: not readable as JSONL ({error})"
+        ) from None
     finally:
         datasets.logging.set_verbosity(verbosity)
         if bars_shown:
             datasets.enable_progress_bars()
     if rows is None or not all(_fits(row, field, texts) for row in rows):
-        raise _explain(file, field, texts) or UserError(
+        raise _explain(file, field, texts, key) or UserError(
             f"{file}: field {field!r} must be text or a list of chat messages"
             + (f", and text {', '.join(texts)} (teacher.prompt_template)" if texts else "")
         )
@@ -98,7 +105,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{file}: not UTF-8 text; prompt files are JSONL in UTF-8") from None
 
 
-def _explain(file: Path, field: str, texts: Sequence[str]) -> UserError | None:
+def _explain(file: Path, field: str, texts: Sequence[str], key: str) -> UserError | None:
     """The first line that cannot be a prompt, as an error that names it; None when every line looks right."""
     for number, line in _lines(file):
         where = f"{file}, line {number}"
@@ -114,9 +121,7 @@ def _explain(file: Path, field: str, texts: Sequence[str]) -> UserError | None:
             )
         if row.get(field) is None:
             names = ", ".join(sorted(row)) or "none"
-            return UserError(
-                f"{where}: no field {field!r} (there are: {names}); set data.prompt_field to the right one"
-            )
+            return UserError(f"{where}: no field {field!r} (there are: {names}); set {key} to the right one")
         if not isinstance(row[field], str | list):
             kind = type(row[field]).__name__
             return UserError(

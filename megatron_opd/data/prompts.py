@@ -29,6 +29,7 @@ class Prompt:
     token_ids: list[int]  # chat template applied
     text: str  # the user's text
     teacher_ids: list[int] = field(default_factory=list)  # what the teacher reads instead; empty: token_ids
+    route: str = ""  # name of its teacher, where prompts are routed
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.objectives.kept_ids import KeptIds
 
 TEXT_FIELDS = {"prompt", "response"}  # written for people only
-OPTIONAL_FIELDS = {"drawn_logprobs", "kept_ids", "teacher_prompt_ids"}  # written where they say something
+OPTIONAL_FIELDS = {"drawn_logprobs", "kept_ids", "teacher_prompt_ids", "route"}  # where they say something
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Rollout:
     drawn_logprobs: list[float] = field(default_factory=list)
     kept_ids: KeptIds = field(default_factory=KeptIds.of)  # of every token, or of none: not recorded
     teacher_prompt_ids: list[int] = field(default_factory=list)  # the teacher's own; empty: prompt_ids
+    route: str = ""  # the prompt's
 
     def __post_init__(self) -> None:
         if not self.drawn_logprobs:
@@ -109,6 +110,8 @@ def _record(rollout: Rollout) -> dict[str, Any]:
         del record["drawn_logprobs"]
     if not rollout.teacher_prompt_ids:
         del record["teacher_prompt_ids"]
+    if not rollout.route:
+        del record["route"]
     kept = record.pop("kept_ids")
     if len(kept):
         ids = zlib.compress(kept.ids_E.numpy().astype("<i4").tobytes())

@@ -80,9 +80,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> TokenizerFingerprint:
 
 
 def check_same_tokenizer(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, role: str = "teacher"
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, key: str = "teacher.path"
 ) -> str | None:
-    """Check that every id means the same token to both models; `role` names the second one.
+    """Check that every id means the same token to both models; `key` names the folder of the second one.
 
     Returns a warning for harmless differences, or None: a different chat template or different
     bos/eos/pad/unk roles (base against instruct models) do not matter because both models see the same ids,
@@ -90,18 +90,15 @@ def check_same_tokenizer(
     tokens, the first id with both tokens, or which ids are special.
     """
     ours, theirs = fingerprint(student), fingerprint(teacher)
+    role = key.removesuffix(".path").replace(".paths.", " ")
+    differ = f"student.path and {key} have different tokenizers"
     if ours.tokens != theirs.tokens:
-        raise UserError(
-            f"student.path and {role}.path have different tokenizers: {_token_difference(ours, theirs, role)}"
-        )
+        raise UserError(f"{differ}: {_token_difference(ours, theirs, role)}")
     differing = sorted((ours.special_ids ^ theirs.special_ids) - _role_ids(ours, theirs))
     if differing:
         index = differing[0]
         owner = "student" if index in ours.special_ids else role
-        raise UserError(
-            f"student.path and {role}.path have different tokenizers: id {index} "
-            f"({ours.tokens.get(index)!r}) is special for the {owner} only"
-        )
+        raise UserError(f"{differ}: id {index} ({ours.tokens.get(index)!r}) is special for the {owner} only")
     warnings = [
         f"{token} is {ours.roles[token]} for the student and {theirs.roles[token]} for the {role}"
         for token in ROLES

@@ -173,7 +173,7 @@ def reach(config: Config) -> list[Check]:
     for section, urls in urls_of(config).items():
         teacher = section.startswith("teacher")
         try:
-            model = read_served(config.teacher.path if teacher else config.student.path)
+            model = read_served(config.teacher.folder if teacher else config.student.path)
         except UserError:  # which has a line of its own
             continue
         longest = (config.teacher_prompt_tokens if teacher else config.data.max_prompt_tokens) + (

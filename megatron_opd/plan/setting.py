@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_opd.config.layout_checks import alignment_of_run
 from megatron_opd.config.schema import Config
+from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Objective
@@ -124,6 +125,11 @@ class Setting:
         """Raises UserError for whatever a run with this configuration would be refused for before it starts, apart
         from what only its data and run directory can show."""
         checked = check_models(config, processes)
+        if checked.teachers:
+            raise UserError(
+                "teacher.paths: what several teachers take is not planned: give teacher.path, the largest of them, to "
+                "plan the run with it alone"
+            )
         check_offload(config, gpu=kernels != "cpu", engine=kernels == "transformer-engine")
         layout, own = layout_of(checked.parallel), checked.teacher_parallel
         return cls(

@@ -335,4 +335,5 @@ def _to_rollout(sequence: _Sequence, weight_version: int) -> Rollout:
         finish_reason=sequence.finish_reason,
         weight_version=weight_version,
         teacher_prompt_ids=sequence.prompt.teacher_ids,
+        route=sequence.prompt.route,
     )

@@ -238,6 +238,7 @@ def reply_parser(
             drawn_logprobs=drawn_logprobs,
             kept_ids=kept_ids if sampling.keep_ids else KeptIds.of(),
             teacher_prompt_ids=prompt.teacher_ids,
+            route=prompt.route,
         )
 
     return parse

@@ -7,9 +7,10 @@
 - `sglang`: the teacher behind SGLang servers; `score_requests`: what they are asked, and what their replies say;
   `contract`: whether they serve the model that they should.
 - `dealing`: payloads of a teacher with prompts of its own, under context parallelism.
-- `payload`: what a teacher is, and what it hands to the objective; `projection`: how a Megatron teacher's is made of
-  hidden states, and read.
+- `several`: several of those on the student's ranks, one for each microbatch or all mixed.
+- `teacher`: what all kinds are to the training loop; `payload`: what they hand to the objective; `projection`: how a
+  Megatron teacher's is made of hidden states, and read.
 
-A teacher may import models, parallel, data and objectives, of rollout the way to SGLang servers (`client`,
-`replicas`) and of checkpoint `folders`; nothing of training.
+A teacher may import of config the `schema`, models, parallel, data and objectives, of rollout the way to SGLang servers
+(`client`, `replicas`) and of checkpoint `folders`; nothing of training.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import gather_sequence, zigzag_positions
-from megatron_opd.teacher.payload import Awaited, TeacherPayload, tensors_of
+from megatron_opd.teacher.payload import Awaited, Mixture, Part, TeacherPayload, tensors_of
 
 
 def payloads_for_student(
@@ -28,7 +28,7 @@ def payloads_for_student(
     def dealt(payload: TeacherPayload | None, microbatch: Microbatch) -> TeacherPayload | None:
         if payload is None or microbatch.teacher is None or group.size() == 1:
             return payload
-        assert not isinstance(payload, Awaited)  # of a teacher in the student's layout
+        assert not isinstance(payload, Awaited | Part | Mixture)  # of one teacher in the student's layout
         rows = rows_for(microbatch, microbatch.teacher, tensors_of(payload), group)
         return type(payload)(*rows)
 

@@ -17,19 +17,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_opd.config.schema import PayloadKind
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import select_positions
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
 from megatron_opd.parallel.schedule import run_schedule
+from megatron_opd.teacher.dealing import payloads_for_student
 from megatron_opd.teacher.host_weights import HostWeights
-from megatron_opd.teacher.payload import PayloadFormat, PayloadKind, TeacherPayload
+from megatron_opd.teacher.payload import PayloadFormat, TeacherPayload
 from megatron_opd.teacher.projection import distribution, make_payload
+from megatron_opd.teacher.teacher import Asked, Teacher
 
 Made = TypeVar("Made")
 
 
-class MegatronTeacher:
+class MegatronTeacher(Teacher):
     """A frozen model on the student's ranks, `chunks` of it on this one. It has no gradients and no optimizer.
 
     It hands over payloads of `form` (None: hidden states); where their making takes logits, those of `head_chunk`
@@ -65,14 +68,15 @@ class MegatronTeacher:
         """Inside, the whole model can be run."""
         return nullcontext() if self._offloaded is None else self._offloaded.on_device()
 
-    def score(
-        self, microbatches: Sequence[Microbatch], kind: PayloadKind | None = None
-    ) -> list[TeacherPayload | None]:
-        """One payload a microbatch on the last pipeline stage, None on the others; of another `kind` if that is given.
+    def score(self, asked: Asked) -> list[TeacherPayload | None]:
+        """One payload a microbatch on the last pipeline stage, None on the others.
 
-        Collectives: those of `hand_over`. Memory kept: `bytes_per_position` of the format for each of the N positions.
+        Collectives: those of `hand_over` and `payloads_for_student`. Memory kept: `bytes_per_position` of the format
+        for each of the N positions.
         """
-        return self.hand_over(microbatches, lambda payload: payload, kind)
+        read = [microbatch.for_teacher for microbatch in asked.microbatches]
+        payloads = self.hand_over(read, lambda payload: payload, asked.kind)
+        return payloads_for_student(payloads, asked.microbatches, self.groups.cp)
 
     def hand_over(
         self,
@@ -80,7 +84,9 @@ class MegatronTeacher:
         take: Callable[[TeacherPayload], Made],
         kind: PayloadKind | None = None,
     ) -> list[Made | None]:
-        """The same, but what `take` makes of each payload, as soon as it is there and in the order of the microbatches.
+        """What `take` makes of the payload of each microbatch, as soon as it is there and in their order.
+
+        None but on the last pipeline stage. The payloads are of another `kind` than the run's if that is given.
 
         Collectives: those of a forward pass in the teacher's layout, and of `make_payload` a microbatch.
         """

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.config.schema import PayloadKind
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives.kept_ids import KeptIds
-from megatron_opd.teacher.payload import PayloadKind
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a teacher hands to the objective for a microbatch, and what a teacher is.
+"""What a teacher hands to the objective for a microbatch.
 
 A Megatron teacher has several kinds of payload. Of each it is known beforehand, from `PayloadFormat` alone, which
 tensors it consists of: whoever carries payloads from rank to rank needs no more.
@@ -10,16 +10,13 @@ padded vocabulary, K ids of the support.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_opd.objectives import LinearLogits, ServedLogprobs
-
-PayloadKind = Literal["hidden_states", "logits", "topk", "sampled"]
-SERVED_KINDS: tuple[PayloadKind, ...] = ("topk", "sampled")
-"""Kinds that become `ServedLogprobs`, measured at the objective's temperature."""
+from megatron_opd.config.schema import PayloadKind
+from megatron_opd.objectives import ServedLogprobs
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,28 @@ class Awaited:
     wait: Callable[[], "TeacherPayload"]
 
 
-TeacherPayload = HiddenStates | WholeLogits | ServedLogprobs | Awaited
+@dataclass(frozen=True)
+class Part:
+    """What one of several teachers says: `weight` times the loss with it alone is part of the loss."""
+
+    teacher: str
+    weight: float
+    payload: "TeacherPayload"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What several teachers say of a microbatch: the loss is the sum over the parts."""
+
+    parts: tuple[Part, ...]
+
+
+TeacherPayload = HiddenStates | WholeLogits | ServedLogprobs | Awaited | Part | Mixture
+
+
+def weight_of(payload: TeacherPayload) -> float:
+    """That of the loss with the teacher of this payload in the whole loss."""
+    return payload.weight if isinstance(payload, Part) else 1.0
 
 
 class TensorFormat(NamedTuple):
@@ -99,6 +117,7 @@ class PayloadFormat:
 def tensors_of(payload: TeacherPayload) -> tuple[Tensor, ...]:
     """The tensors [N, ...] of a payload, in the order of `PayloadFormat.tensors`."""
     assert not isinstance(payload, Awaited), "it has to be waited for"
+    assert not isinstance(payload, Part | Mixture), "its parts' payloads have some"
     if isinstance(payload, HiddenStates):
         return (payload.hidden_ND,)
     if isinstance(payload, WholeLogits):
@@ -106,24 +125,3 @@ def tensors_of(payload: TeacherPayload) -> tuple[Tensor, ...]:
     if payload.ids is None or payload.ids_logprob is None:
         return (payload.logprob,)
     return payload.logprob, payload.ids, payload.ids_logprob
-
-
-class Teacher(Protocol):
-    """What scores microbatches: `MegatronTeacher`, `RelaidTeacher`, `SeparateTeacher` or `SGLangTeacher`."""
-
-    def score(self, microbatches: Any, /) -> Sequence[TeacherPayload | None]:
-        """One payload a microbatch of this rank's on the last pipeline stage, None on the others. Collective.
-
-        Asked about this rank's microbatches; in another layout than the student's about the whole ones of all
-        data-parallel ranks, a list each.
-        """
-        ...
-
-    def distribution(
-        self, payload: TeacherPayload, *, chunked: bool
-    ) -> Tensor | LinearLogits | ServedLogprobs:
-        """What the objective reads of a payload: logits [N, V/TP], here or, `chunked`, later; or log-probs.
-
-        Last stage only, no collectives.
-        """
-        ...

@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.payload import PayloadFormat, PayloadKind, TeacherPayload
+from megatron_opd.teacher.payload import PayloadFormat, TeacherPayload
 from megatron_opd.teacher.projection import distribution
+from megatron_opd.teacher.teacher import Asked, Teacher
 from megatron_opd.teacher.transport import (
     Arrival,
     Layouts,
@@ -60,7 +61,7 @@ class Reader:
         return distribution(payload, self.head_WD, self.width, self.groups.tp, chunked=chunked)
 
 
-class RelaidTeacher:
+class RelaidTeacher(Teacher):
     """A teacher on the student's ranks, `model` in its own layout. `group` is for its messages alone."""
 
     def __init__(
@@ -68,20 +69,18 @@ class RelaidTeacher:
     ) -> None:
         self.model, self.layouts, self._reader, self._group = model, layouts, reader, group
 
-    def score(
-        self, packed: Sequence[Sequence[Microbatch]], kind: PayloadKind | None = None
-    ) -> list[TeacherPayload | None]:
+    def score(self, asked: Asked) -> list[TeacherPayload | None]:
         """One payload a microbatch of this rank's on the student's last stage, None on its others.
 
-        `packed` are the whole microbatches of all of the student's data-parallel ranks; every rank calls it. After the
-        forward pass all messages are sent at once: 1 for each route and tensor. Memory kept: until then the payloads of
-        the teacher's replica, afterwards this rank's.
+        After the forward pass all messages are sent at once: 1 for each route and tensor. Memory kept: until then the
+        payloads of the teacher's replica, afterwards this rank's.
         """
-        whole, form = in_order(packed), self._reader.form.of_kind(kind)
+        whole, form = in_order(asked.whole), self._reader.form.of_kind(asked.kind)
         groups = self.model.groups
         work = self.layouts.work(whole, groups.dp.rank())
         shares = [each.shard(groups.cp.rank(), groups.cp.size()).to(self._reader.device) for _, each in work]
-        held = dict(zip((number for number, _ in work), self.model.score(shares, kind), strict=True))
+        payloads = self.model.hand_over(shares, lambda payload: payload, asked.kind)
+        held = dict(zip((number for number, _ in work), payloads, strict=True))
         routes, me = self.layouts.routes(whole), dist.get_rank()
         incoming = by_number(route for route in routes if route.receiver == me)
         outgoing = by_number(route for route in routes if route.sender == me)
@@ -99,7 +98,7 @@ class RelaidTeacher:
         for handle in start(operations):
             handle.wait()
         if not self._reader.last_stage:
-            return [None] * len(packed[0])
+            return [None] * len(asked.microbatches)
         return [arrival.payload() for arrival in arrivals.values()]
 
     def distribution(
@@ -107,3 +106,7 @@ class RelaidTeacher:
     ) -> Tensor | LinearLogits | ServedLogprobs:
         """What the objective reads of a payload, see `Reader.distribution`."""
         return self._reader.distribution(payload, chunked=chunked)
+
+    def described(self) -> str:
+        """Both layouts."""
+        return str(self.layouts)

@@ -1,23 +1,23 @@
 """A Megatron teacher on ranks of its own: what the student's ranks have of it, and what its own ranks do."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
 from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.orders import Orders, Save, Score, Stop
-from megatron_opd.teacher.payload import Awaited, PayloadKind, TeacherPayload
+from megatron_opd.teacher.payload import Awaited, TeacherPayload
 from megatron_opd.teacher.relaid import Reader
+from megatron_opd.teacher.teacher import Asked, Teacher
 from megatron_opd.teacher.transport import Layouts, by_number, in_order
 from megatron_opd.teacher.window import WINDOW, Inbox, Outbox
 
 
-class SeparateTeacher:
+class SeparateTeacher(Teacher):
     """The teacher as a student rank sees it. `group` is for payloads alone; `orders` is None but on rank 0."""
 
     def __init__(
@@ -32,20 +32,17 @@ class SeparateTeacher:
         self.layouts, self._reader, self._orders = layouts, reader, orders
         self._inbox = Inbox(group, reader.device, window)
 
-    def score(
-        self, packed: Sequence[Sequence[Microbatch]], kind: PayloadKind | None = None
-    ) -> list[TeacherPayload | None]:
+    def score(self, asked: Asked) -> list[TeacherPayload | None]:
         """One payload a microbatch of this rank's on the student's last stage, None on its others. Returns at once.
 
-        `packed` are the whole microbatches of all of the student's data-parallel ranks, each of which calls it. The
-        payloads are read, by `distribution`, in the order in which they were asked for, and each once.
+        The payloads are read, by `distribution`, in the order in which they were asked for, and each once.
         """
         self._inbox.waited = 0.0
         if self._orders is not None:
-            self._orders.give(Score.of(packed, kind))
+            self._orders.give(Score.of(asked.whole, asked.kind))
         if not self._reader.last_stage:
-            return [None] * len(packed[0])
-        whole, me, form = in_order(packed), dist.get_rank(), self._reader.form.of_kind(kind)
+            return [None] * len(asked.microbatches)
+        whole, me, form = in_order(asked.whole), dist.get_rank(), self._reader.form.of_kind(asked.kind)
         incoming = by_number(route for route in self.layouts.routes(whole) if route.receiver == me)
         return [
             self._inbox.expect(incoming.get(number, []), rows, form)
@@ -59,8 +56,12 @@ class SeparateTeacher:
         assert isinstance(payload, Awaited)
         return self._reader.distribution(payload.wait(), chunked=chunked)
 
-    def waits(self) -> dict[str, float]:
-        """Metric: seconds of waiting for the payloads last asked for, on the student's rank that has waited longest.
+    def described(self) -> str:
+        """Both layouts."""
+        return str(self.layouts)
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds of waiting for the payloads last asked for, on the student's rank that has waited longest.
 
         Every rank of the student calls it, after it has read them: 1 all-reduce. Nothing on a GPU, see `Inbox.waited`.
         """
@@ -71,13 +72,13 @@ class SeparateTeacher:
         dist.all_reduce(waited, dist.ReduceOp.MAX, group=all_ranks(self._reader.groups))
         return {"teacher_wait_seconds": waited.item()}
 
-    def call_to_save(self, step: int) -> None:
-        """Have the teacher's ranks take part in saving `step`. Every student rank calls it, before it saves."""
+    def before_save(self, step: int) -> None:
+        """Have the teacher's ranks take part in saving `step`."""
         if self._orders is not None:
             self._orders.give(Save(step))
 
-    def dismiss(self) -> None:
-        """Let the teacher's ranks end, once they have done everything else. Every student rank calls it."""
+    def finish(self) -> None:
+        """Let the teacher's ranks end, once they have done everything else."""
         if self._orders is not None:
             self._orders.give(Stop())
             self._orders.finish()
@@ -93,7 +94,7 @@ def serve(
     device: torch.device,
     window: int = WINDOW,
 ) -> None:
-    """What every rank of the teacher does until it is dismissed. `save(step)` takes part in writing a checkpoint."""
+    """What every rank of the teacher does until it is stopped. `save(step)` takes part in writing a checkpoint."""
     outbox = Outbox(group, window)
     while True:
         match orders.take():

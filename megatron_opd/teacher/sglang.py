@@ -21,6 +21,7 @@ from megatron_opd.data.packing import Microbatch
 from megatron_opd.objectives import ServedLogprobs, gather_sequence, zigzag_positions
 from megatron_opd.rollout.client import SGLangClient
 from megatron_opd.rollout.replicas import ANY_WEIGHTS, Request
+from megatron_opd.teacher.dealing import payloads_for_student, rows_for
 from megatron_opd.teacher.payload import TeacherPayload
 from megatron_opd.teacher.score_requests import (
     Ids,
@@ -31,14 +32,18 @@ from megatron_opd.teacher.score_requests import (
     score_body,
     spans_of,
 )
+from megatron_opd.teacher.teacher import Asked, Teacher
 
 
-class SGLangTeacher(SGLangClient):
+class SGLangTeacher(SGLangClient, Teacher):
     """Scores at the servers of `connect`.
 
     `vocab_size` ids exist for the servers' model: of an id beyond, a server would die. With `k` the payload has the
-    teacher's k likeliest ids. A request is about `request_tokens` positions at most.
+    teacher's k likeliest ids, or those of the student where it is asked about them. A request is about
+    `request_tokens` positions at most.
     """
+
+    gives_distributions = False
 
     def __init__(
         self, groups: ProcessGroupCollection, *, vocab_size: int, k: int = 0, request_tokens: int = 2048
@@ -57,29 +62,43 @@ class SGLangTeacher(SGLangClient):
         """Whether this rank is the one of its replica that talks to the servers."""
         return self.last_stage and self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0
 
-    def score(
-        self,
-        microbatches: Sequence[Microbatch],
-        ids: Sequence[Tensor | None] | None = None,
-        *,
-        k: int | None = None,
-    ) -> list[ServedLogprobs | None]:
+    def score(self, asked: Asked) -> list[TeacherPayload | None]:
         """One payload a microbatch on the last pipeline stage, None on the others.
 
-        `ids` [n, K] int64 of each microbatch, on the last stage, are the support in the place of the teacher's k
-        likeliest; the same K everywhere, the same ids on all ranks of a tensor-parallel group. `k` replaces the
-        teacher's own: with 0 the sampled tokens alone are scored.
+        The student's ids are the support in the place of the teacher's k likeliest: the same K everywhere, the same
+        ids on all ranks of a tensor-parallel group. For an evaluation the sampled tokens alone are scored.
 
-        Collectives: over context-parallel ranks 1 all-gather a microbatch (2 with `ids`) and 1 broadcast, over
-        tensor-parallel ones 1 broadcast, and 1 object all-gather over WORLD. Raises UserError on every rank of it when
-        the servers of one replica fail (see `Replicas.run`).
+        Collectives: over context-parallel ranks 1 all-gather a microbatch (2 with ids, and those of `rows_for`) and 1
+        broadcast, over tensor-parallel ones 1 broadcast, and 1 object all-gather over WORLD; those of `student_ids` and
+        of `payloads_for_student`. Raises UserError on every rank of WORLD when the servers of one replica fail (see
+        `Replicas.run`).
         """
+        ids, k = None, 0 if asked.evaluation else self._k
+        if asked.student_ids is not None:
+            ids = self._at_own_positions(asked.student_ids(), asked.microbatches)
+        payloads = self._scored([each.for_teacher for each in asked.microbatches], ids, k)
+        return payloads_for_student(payloads, asked.microbatches, self.groups.cp)
+
+    def _at_own_positions(
+        self, ids: Sequence[Tensor | None], microbatches: Sequence[Microbatch]
+    ) -> Sequence[Tensor | None]:
+        """The student's ids as the share of this rank has them in what the teacher reads."""
+        if self.groups.cp.size() == 1:
+            return ids
+        return [
+            None if each is None else rows_for(read.for_teacher, read, [each], self.groups.cp)[0]
+            for each, read in zip(ids, microbatches, strict=True)
+        ]
+
+    def _scored(
+        self, microbatches: Sequence[Microbatch], ids: Sequence[Tensor | None] | None, k: int
+    ) -> list[ServedLogprobs | None]:
+        """One payload for each of these, which are what the teacher reads; with these `ids`, or its `k` likeliest."""
         if not self.last_stage:
             with alike(dist.group.WORLD):
                 return [None] * len(microbatches)
         whole = [self._whole(microbatch) for microbatch in microbatches]
         wanted = None if ids is None else self._whole_ids(microbatches, ids)
-        k = self._k if k is None else k
         width = k if wanted is None else wanted.shape[1]
         count = sum(int(mask_T.sum()) for _, _, mask_T in whole)
         packed = torch.empty(count, 1 + 2 * width, dtype=torch.int32)

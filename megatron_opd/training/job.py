@@ -6,6 +6,7 @@ Configuration and files are checked first, then process groups are made, then we
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megatron_opd.data.loss_mask import LossMask
 from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.data.prompts import Prompt, PromptStream
 from megatron_opd.data.rollouts import Rollout
+from megatron_opd.data.routes import pack_by_route, routes_digest
 from megatron_opd.evaluation.tasks import read_tasks
 from megatron_opd.models.architecture import Architecture, ServedModel
 from megatron_opd.models.attention import uses_transformer_engine
@@ -33,14 +35,12 @@ from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
 from megatron_opd.rollout.stream import RolloutStream
-from megatron_opd.teacher.dealing import payloads_for_student, rows_for
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.payload import PayloadKind, TeacherPayload
-from megatron_opd.teacher.relaid import RelaidTeacher
-from megatron_opd.teacher.separate import SeparateTeacher
-from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.payload import TeacherPayload
+from megatron_opd.teacher.teacher import Asked, Teacher
 from megatron_opd.training.average import WeightAverage
-from megatron_opd.training.models import TrainingTeacher, load_models
+from megatron_opd.training.models import load_models
+from megatron_opd.training.per_teacher import per_teacher
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.score import likeliest_ids, sampled_logprobs
 from megatron_opd.training.student import Student, build_student
@@ -58,7 +58,7 @@ class Job:
     device: torch.device
     architecture: Architecture
     student: Student
-    teacher: TrainingTeacher
+    teacher: Teacher
     served: ServedModel | None  # what a teacher behind servers is
     average: WeightAverage | None  # what the teacher becomes, if it follows the student
     reference: MegatronTeacher | None
@@ -79,16 +79,13 @@ class Job:
             f"{self.device.type}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         )
         engine = "attention is transformer-engine's; the other layers are megatron-core's own"
-        own = (
-            [f"teacher: {self.teacher.layouts}"]
-            if isinstance(self.teacher, RelaidTeacher | SeparateTeacher)
-            else []
-        )
+        described = self.teacher.described()
+        role = "teachers" if self.teacher.names else "teacher"
         return [
             *([engine] if uses_transformer_engine(DTYPES[self.config.precision]) else []),
             *self.texts.notes,
             f"{begin}: {self.layout}, {self.config.precision} on {device}; {len(self.texts.training.prompts)} prompts",
-            *own,
+            *([f"{role}: {described}"] if described else []),
         ]
 
     def draw(
@@ -127,59 +124,41 @@ class Job:
 
     def packed(self, rollouts: Sequence[Rollout], mask: LossMask | None = None) -> Update:
         """This rank's (shares of) microbatches of these rollouts, not scored yet."""
-        packed = pack(
-            rollouts,
+        pack_one = partial(
+            pack,
             dp_size=self.layout.data,
             token_budget=self.config.training.microbatch_tokens,
             alignment=alignment_of_run(self.config),
             count_multiple=self.layout.microbatch_multiple,
             loss_mask=mask,
         )
+        packed, routes = pack_by_route(rollouts, pack_one)
         cp = self.groups.cp
         mine = [
             microbatch.shard(cp.rank(), cp.size()).to(self.device)
             for microbatch in packed[self.groups.dp.rank()]
         ]
-        return Update(mine, UpdateScale.of(packed), [None] * len(mine), whole=packed)
+        return Update(mine, UpdateScale.of(packed), [None] * len(mine), whole=packed, routes=routes)
 
-    def teacher_payloads(self, update: Update) -> Sequence[TeacherPayload | None]:
-        """What the teacher says of an update: all of it, or what the objective reads and servers give."""
-        section = self.config.objective
-        if not isinstance(self.teacher, SGLangTeacher):
-            return self._megatron_payloads(self.teacher, update)
-        if not section.support.startswith("student_topk"):
-            return self._for_student(self.teacher.score(update.for_teacher), update)
-        student = self.student
-        ids = likeliest_ids(
-            student.ddps,
-            student.chunks[-1],
-            update.microbatches,
+    def teacher_payloads(
+        self, update: Update, *, evaluation: bool = False
+    ) -> Sequence[TeacherPayload | None]:
+        """What the teacher says of an update; in an evaluation what plain reverse KL is measured with."""
+        read = self.config.objective.support.startswith("student_topk") and not evaluation
+        ids = partial(self._student_ids, update.microbatches) if read else None
+        return self.teacher.score(Asked(update.microbatches, update.whole, update.routes, evaluation, ids))
+
+    def _student_ids(self, microbatches: Sequence[Microbatch]) -> list[Tensor | None]:
+        settings = self.config.objective
+        return likeliest_ids(
+            self.student.ddps,
+            self.student.chunks[-1],
+            microbatches,
             self.groups,
-            k=section.k,
+            k=settings.k,
             vocab_size=self.texts.vocab_size,
-            chunk_size=section.head_chunk,
+            chunk_size=settings.head_chunk,
         )
-        if self.groups.cp.size() > 1:
-            ids = [
-                None if each is None else rows_for(read.for_teacher, read, [each], self.groups.cp)[0]
-                for each, read in zip(ids, update.microbatches, strict=True)
-            ]
-        return self._for_student(self.teacher.score(update.for_teacher, ids), update)
-
-    def _for_student(
-        self, payloads: Sequence[TeacherPayload | None], update: Update
-    ) -> Sequence[TeacherPayload | None]:
-        return payloads_for_student(payloads, update.microbatches, self.groups.cp)
-
-    def _megatron_payloads(
-        self,
-        teacher: MegatronTeacher | RelaidTeacher | SeparateTeacher,
-        update: Update,
-        kind: PayloadKind | None = None,
-    ) -> Sequence[TeacherPayload | None]:
-        if isinstance(teacher, MegatronTeacher):
-            return self._for_student(teacher.score(update.for_teacher, kind), update)
-        return teacher.score(update.whole, kind)
 
     def _old_logprobs(self, update: Update) -> list[Tensor | None] | None:
         if not self.objective.objective.reads_old_logprobs:
@@ -204,8 +183,10 @@ class Job:
             self.average.follow(self.student)
         return outcome
 
-    def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[str, float, int]:
-        """(name, nats per token, tokens) of plain reverse KL, whatever is trained on: so that runs compare.
+    def heldout_reverse_kl(self, rollouts: Sequence[Rollout]) -> tuple[dict[str, float], int]:
+        """Nats per token of plain reverse KL, whatever is trained on, so that runs compare; and how many tokens.
+
+        Of several teachers each one's too, as `per_teacher` names them.
 
         A Megatron teacher is asked for hidden states, whatever its payload is else. Of a teacher behind servers the
         distribution is not known, and `reverse_kl_sampled` is its estimate from the sampled tokens: the mean of
@@ -213,20 +194,18 @@ class Job:
 
         A teacher with prompts of its own reads them here too, and one that follows the student is as it is now.
         """
-        heldout = self.packed(rollouts)
         temperature = self.config.rollout.temperature
-        payloads: Sequence[TeacherPayload | None]
-        if isinstance(self.teacher, SGLangTeacher):
+        if self.teacher.gives_distributions:
+            name, measure = "reverse_kl", Objective(temperature=temperature)
+        else:
             name = "reverse_kl_sampled"
             measure = Objective("policy_gradient", temperature=temperature, served_at=1.0)
-            payloads = self._for_student(self.teacher.score(heldout.for_teacher, k=0), heldout)
-        else:
-            name, measure = "reverse_kl", Objective(temperature=temperature)
-            payloads = self._megatron_payloads(self.teacher, heldout, "hidden_states")
-        heldout = replace(heldout, payloads=payloads)
+        heldout = self.packed(rollouts)
+        heldout = replace(heldout, payloads=self.teacher_payloads(heldout, evaluation=True))
         plain = replace(self.objective, objective=measure)
         sums = plain.run(self.student.ddps, heldout, forward_only=True)
-        return name, sums[name] / heldout.scale.loss_tokens, heldout.scale.loss_tokens
+        tokens = heldout.scale.loss_tokens
+        return {name: sums[name] / tokens, **per_teacher([sums])}, tokens
 
     def _logprobs(
         self, chunks: Sequence[torch.nn.Module], gpt: GPT, microbatches: Sequence[Microbatch]
@@ -328,7 +307,7 @@ def rollout_engine(
     return LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch)
 
 
-def average_of(config: Config, teacher: TrainingTeacher) -> WeightAverage | None:
+def average_of(config: Config, teacher: Teacher) -> WeightAverage | None:
     """The moving average that the teacher becomes, if it follows the student."""
     if config.teacher.ema is None:
         return None
@@ -355,6 +334,11 @@ def checkpoint_store(
     config: Config, checked: Checked, texts: Texts, groups: ProcessGroupCollection
 ) -> CheckpointStore:
     """Where the run saves, with what a checkpoint must have in common with the run that loads it."""
+    routes = {}
+    if config.teacher.route_field is not None:
+        routes["teacher.route_field (SHA-256 of the prompts' teachers)"] = routes_digest(
+            texts.training.prompts
+        )
     return CheckpointStore(
         config.run_dir / "checkpoints",
         config.checkpoint.keep_last,
@@ -366,5 +350,6 @@ def checkpoint_store(
             "data.shuffle": str(config.data.shuffle),
             "seed": str(config.seed),
             "optimizer.name": config.optimizer.name,
+            **routes,
         },
     )

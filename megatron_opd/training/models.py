@@ -1,5 +1,6 @@
 """The models of a run: student, teacher and reference, with their weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,10 +17,10 @@ from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import PayloadFormat
 from megatron_opd.teacher.relaid import Reader, RelaidTeacher
 from megatron_opd.teacher.separate import SeparateTeacher
+from megatron_opd.teacher.several import SeveralTeachers
 from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.teacher import Teacher
 from megatron_opd.training.relay import Relay
-
-TrainingTeacher = MegatronTeacher | RelaidTeacher | SeparateTeacher | SGLangTeacher
 
 
 def load_models(
@@ -29,8 +30,8 @@ def load_models(
     groups: ProcessGroupCollection,
     device: torch.device,
     relay: Relay | None = None,
-) -> tuple[list[GPT], TrainingTeacher, MegatronTeacher | None]:
-    """Student, teacher and, where there is one, reference with their weights, in one layout.
+) -> tuple[list[GPT], Teacher, MegatronTeacher | None]:
+    """Student, teacher or teachers and, where there is one, reference with their weights, in one layout.
 
     A teacher in a layout of its own has `relay`. Nothing is loaded of a teacher behind servers. The vocabularies of
     models in the student's layout are padded to the same size.
@@ -40,14 +41,20 @@ def load_models(
     def load(arch: Architecture, folder: Path, recompute: str = "none") -> list[GPT]:
         return load_gpt(arch, folder, layout, groups, config.precision, padded, device, recompute)
 
-    teacher: TrainingTeacher
-    if checked.teacher is None:
+    def load_teacher(config: Config, checked: Checked) -> MegatronTeacher | RelaidTeacher | SeparateTeacher:
+        if relay is not None:
+            return teacher_in_own_layout(config, checked, relay, groups, device)
+        assert checked.teacher is not None
+        chunks = load(checked.teacher, config.teacher.folder)
+        return megatron_teacher(config, checked, chunks, groups)
+
+    teacher: Teacher
+    if checked.teachers:
+        teacher = several_teachers(config, checked, load_teacher)
+    elif checked.teacher is None:
         teacher = served_teacher(config, checked, groups)
-    elif relay is not None:
-        teacher = teacher_in_own_layout(config, checked, relay, groups, device)
     else:
-        chunks = load(checked.teacher, config.teacher.path)
-        teacher = megatron_teacher(config, checked, chunks, groups)
+        teacher = load_teacher(config, checked)
     reference = None
     if config.reference is not None and checked.reference is not None:
         reference = MegatronTeacher(
@@ -73,6 +80,22 @@ def load_gpt(
     )
     load_model_weights(chunks, arch, folder, groups=groups, padded_vocab_size=padded_vocab_size)
     return [chunk.to(device) for chunk in chunks]
+
+
+def several_teachers(
+    config: Config,
+    checked: Checked,
+    load: Callable[[Config, Checked], MegatronTeacher | RelaidTeacher | SeparateTeacher],
+) -> SeveralTeachers:
+    """The teachers of `teacher.paths`, each as if it was the only one; vocabularies are padded as for all."""
+    teachers = {}
+    for name in config.teacher.paths:
+        teacher = load(config.with_teacher(name), checked.with_teacher(name))
+        assert not isinstance(teacher, SeparateTeacher), "refused at start-up"
+        teachers[name] = teacher
+    given = config.teacher.weights
+    total = sum(given.values())
+    return SeveralTeachers(teachers, {name: weight / total for name, weight in given.items()} or None)
 
 
 def megatron_teacher(
@@ -101,11 +124,13 @@ def teacher_in_own_layout(
 ) -> RelaidTeacher | SeparateTeacher:
     """A teacher in its own layout as this rank of the student has it."""
     if relay.separate:
-        join_load(config.teacher.path)
-        reading = reader(config, checked, groups, device)
-        return SeparateTeacher(relay.layouts, reading, relay.messages, relay.orders)
+        join_load(config.teacher.folder)
+        reader = build_reader(config, checked, groups, device)
+        return SeparateTeacher(relay.layouts, reader, relay.payload_group, relay.orders)
     model = own_model(config, checked, relay, device)
-    return RelaidTeacher(model, relay.layouts, reader(config, checked, groups, device), relay.messages)
+    return RelaidTeacher(
+        model, relay.layouts, build_reader(config, checked, groups, device), relay.payload_group
+    )
 
 
 def load_separate(config: Config, checked: Checked, relay: Relay, device: torch.device) -> MegatronTeacher:
@@ -122,11 +147,13 @@ def own_model(config: Config, checked: Checked, relay: Relay, device: torch.devi
     arch, layout = checked.teacher, relay.layouts.teacher
     assert arch is not None
     padded = arch.padded_vocab_size(layout.tensor)
-    chunks = load_gpt(arch, config.teacher.path, layout, relay.groups, config.precision, padded, device)
+    chunks = load_gpt(arch, config.teacher.folder, layout, relay.groups, config.precision, padded, device)
     return megatron_teacher(config, checked, chunks, relay.groups, lends_head=False)
 
 
-def reader(config: Config, checked: Checked, groups: ProcessGroupCollection, device: torch.device) -> Reader:
+def build_reader(
+    config: Config, checked: Checked, groups: ProcessGroupCollection, device: torch.device
+) -> Reader:
     """What this rank of the student reads payloads with: on the last stage the teacher's head, where it is needed."""
     arch, tp = checked.teacher, groups.tp
     assert arch is not None
@@ -134,7 +161,7 @@ def reader(config: Config, checked: Checked, groups: ProcessGroupCollection, dev
     head_WD = None
     if reads_hidden_states(config) and groups.pp.rank() == groups.pp.size() - 1:
         head_WD = load_head(
-            config.teacher.path,
+            config.teacher.folder,
             arch,
             tp_rank=tp.rank(),
             tp_size=tp.size(),

@@ -21,7 +21,7 @@ class Relay:
 
     layouts: Layouts
     groups: ProcessGroupCollection  # the teacher's
-    messages: dist.ProcessGroup  # every rank; for payloads alone
+    payload_group: dist.ProcessGroup  # every rank; for payloads alone
     orders: Orders | None  # on rank 0 and on the ranks of a teacher that has some of its own
 
     @property
@@ -38,14 +38,14 @@ class Relay:
         student, teacher = layout_of(checked.parallel), layout_of(own)
         layouts = Layouts(student, teacher, first=student.world_size if own.separate else 0)
         groups = build_groups(teacher, layouts.first)
-        messages = dist.new_group(range(dist.get_world_size()), timeout=TIMEOUT)
-        dist.barrier(messages)  # NCCL wants all ranks in a group's first call
+        payload_group = dist.new_group(range(dist.get_world_size()), timeout=TIMEOUT)
+        dist.barrier(payload_group)  # NCCL wants all ranks in a group's first call
         orders = None
         if own.separate:
             told = [0, *range(layouts.first, dist.get_world_size())]
             group = dist.new_group(told, timeout=IDLE, backend="gloo")
             orders = Orders(group) if dist.get_rank() in told else None
-        return cls(layouts, groups, messages, orders)
+        return cls(layouts, groups, payload_group, orders)
 
 
 def layout_of(parallel: ParallelConfig) -> ParallelLayout:

@@ -46,5 +46,5 @@ def teach(config: Config) -> None:
     newest = store.newest_intact()
     if newest is not None:
         join_load(newest)
-    serve(model, relay.layouts, relay.messages, relay.orders, store.join_save, device=device)
+    serve(model, relay.layouts, relay.payload_group, relay.orders, store.join_save, device=device)
     dist.destroy_process_group()

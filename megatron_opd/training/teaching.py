@@ -44,7 +44,7 @@ def teaching(job: Job, say: Callable[[str], None]) -> Iterator[None]:
                 )
                 folder = job.config.run_dir / "servers" / "teacher"
                 servers = Servers(settings, folder, lambda line: say(f"teacher: {line}"))
-                servers.start(job.config.teacher.path, "teacher")
+                servers.start(job.config.teacher.folder, "teacher")
                 where = [(servers.urls, servers.api_key)]
         dist.broadcast_object_list(where, src=0)
         urls, key = where[0]

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_opd.config.schema import Config
 from megatron_opd.data.loss_mask import LossMask, build_loss_mask
 from megatron_opd.data.prompts import LoadedPrompts, Prompt, TeacherPrompt, load_prompts
+from megatron_opd.data.routes import check_all_teach, routed
 from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
 from megatron_opd.evaluation.tasks import Task
@@ -35,10 +36,8 @@ class Texts:
 def read_texts(config: Config, vocab_size: int) -> Texts:
     """Read tokenizers and prompts. Raises UserError when the tokenizers differ or a prompt file is broken."""
     tokenizer = load_tokenizer(config.student.path)
-    others = {"teacher": config.teacher.path} | (
-        {"reference": config.reference.path} if config.reference else {}
-    )
-    warnings = [check_same_tokenizer(tokenizer, load_tokenizer(path), role) for role, path in others.items()]
+    others = config.teacher.folders | ({"reference.path": config.reference.path} if config.reference else {})
+    warnings = [check_same_tokenizer(tokenizer, load_tokenizer(path), key) for key, path in others.items()]
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"student.path: the tokenizer has {len(tokenizer)} tokens, the models only {vocab_size} rows: "
@@ -47,9 +46,10 @@ def read_texts(config: Config, vocab_size: int) -> Texts:
 
     template = config.teacher.prompt_template
     teacher = None if template is None else TeacherPrompt(template, config.teacher_prompt_tokens)
+    teachers, field = config.teacher.paths, config.teacher.route_field
 
     def load(path: Path) -> LoadedPrompts:
-        return load_prompts(
+        loaded = load_prompts(
             path,
             tokenizer,
             field=config.data.prompt_field,
@@ -57,8 +57,11 @@ def read_texts(config: Config, vocab_size: int) -> Texts:
             system_prompt=config.data.system_prompt,
             teacher=teacher,
         )
+        return loaded if field is None else routed(loaded, path, field, teachers)
 
     training = load(config.data.prompts)
+    if field is not None:
+        check_all_teach(training.prompts, teachers)
     heldout = load(config.evaluation.prompts) if config.evaluation.prompts is not None else None
     notes = [
         *(warning for warning in warnings if warning),

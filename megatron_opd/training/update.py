@@ -24,8 +24,10 @@ from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits, Objective, TokenStats
 from megatron_opd.parallel.schedule import run_schedule
-from megatron_opd.teacher.payload import Teacher, TeacherPayload
+from megatron_opd.teacher.payload import Mixture, TeacherPayload, weight_of
+from megatron_opd.teacher.teacher import Teacher
 from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, step_agreement
+from megatron_opd.training.per_teacher import add_sums, is_of_one, per_teacher, sum_names
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,7 @@ class Update:
     reference_logprobs: Sequence[Tensor | None] | None = None  # [N] each; None: there is no reference
     moved: bool = False  # the student moves after it was scored and before this update
     whole: Sequence[Sequence[Microbatch]] = ()  # the whole microbatches of all data-parallel ranks
-
-    @property
-    def for_teacher(self) -> list[Microbatch]:
-        """What the teacher reads of them."""
-        return [microbatch.for_teacher for microbatch in self.microbatches]
+    routes: Sequence[str] = ()  # of routed prompts, each microbatch's teacher
 
     def rows(self) -> list[tuple[Microbatch, Any, Tensor | None, Tensor | None]]:
         """(microbatch, payload, old log-probs, reference log-probs), one a microbatch."""
@@ -81,7 +79,7 @@ class Update:
 
 @dataclass(frozen=True)
 class ObjectivePass:
-    """The objective, the teacher and the student's model and groups: what a pass over microbatches needs."""
+    """The objective, the teachers and the student's model and groups: what a pass over microbatches needs."""
 
     gpt: GPT  # the student's last chunk of this rank: on the last stage it has the LM head
     teacher: Teacher
@@ -141,50 +139,61 @@ class ObjectivePass:
         progress: float,
         moved: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss sum of one microbatch and its statistics, on the last stage; logits exist at response tokens only."""
+        """Loss sum of one microbatch and its statistics, on the last stage; logits exist at response tokens only.
+
+        Of several teachers it is the weighted sum of the losses with each of them alone.
+        """
         positions_N = microbatch.mask_T.nonzero()[:, 0]
-        drawn_logprob_N = microbatch.drawn_logprobs_T[positions_N]
-        stats = self._token_stats(hidden_T1H, microbatch, payload, positions_N, drawn_logprob_N)
-        loss_sum, sums = self.objective.loss(
-            stats,
-            positions_N,
-            microbatch.mask_T,
-            microbatch.cu_seqlens,
-            rollout_logprob_N=drawn_logprob_N,
-            old_logprob_N=old_logprob_N,
-            reference_logprob_N=reference_logprob_N,
-            progress=progress,
-            group=self.groups.cp,
+        student = student_logits(
+            self.gpt, hidden_T1H, positions_N, self.groups, chunked=self.head_chunk is not None
         )
+        parts = payload.parts if isinstance(payload, Mixture) else (payload,)
+        losses, sums = [], dict[str, Tensor]()
+        for part in parts:
+            stats = self._token_stats(student, microbatch, part, positions_N, only=len(parts) == 1)
+            loss, found = self.objective.loss(
+                stats,
+                positions_N,
+                microbatch.mask_T,
+                microbatch.cu_seqlens,
+                rollout_logprob_N=microbatch.drawn_logprobs_T[positions_N],
+                old_logprob_N=old_logprob_N,
+                reference_logprob_N=reference_logprob_N,
+                progress=progress,
+                group=self.groups.cp,
+            )
+            losses.append(weight_of(part) * loss)
+            add_sums(sums, found, part, microbatch.mask_T)
         scored_N = stats.student_logprob if old_logprob_N is None and not moved else old_logprob_N
-        rollout_logprob_N = microbatch.rollout_logprobs_T[positions_N]
-        if self.objective.kept_ids_only:
-            rollout_logprob_N = drawn_logprob_N
-        return loss_sum, {**sums, **agreement(scored_N, rollout_logprob_N, self.mismatch_threshold)}
+        drawn = self.objective.kept_ids_only
+        rollout_T = microbatch.drawn_logprobs_T if drawn else microbatch.rollout_logprobs_T
+        compared = agreement(scored_N, rollout_T[positions_N], self.mismatch_threshold)
+        return torch.stack(losses).sum(), {**sums, **compared}
 
     def _token_stats(
         self,
-        hidden_T1H: Tensor,
+        student: Tensor | LinearLogits,
         microbatch: Microbatch,
         payload: TeacherPayload,
         positions_N: Tensor,
-        drawn_logprob_N: Tensor,
+        *,
+        only: bool,
     ) -> TokenStats:
-        """The objective's statistics of each token.
+        """The objective's statistics of each token, against one teacher; `only`: nothing else reads `student`.
 
         With `check`, UserError on every rank of a tensor-parallel group that meets NaN; the launcher ends the others.
         """
         chunked = self.head_chunk is not None
         try:
             return self.objective.token_stats(
-                student_logits(self.gpt, hidden_T1H, positions_N, self.groups, chunked=chunked),
+                student,
                 self.teacher.distribution(payload, chunked=chunked),
                 microbatch.targets_T[positions_N],
-                rollout_logprob_N=drawn_logprob_N,
+                rollout_logprob_N=microbatch.drawn_logprobs_T[positions_N],
                 vocab_size=self.vocab_size,
                 group=self.groups.tp,
                 check=self.check,
-                inplace_backward=True,  # nothing else reads the student's logits
+                inplace_backward=only,
                 chunk_size=self.head_chunk,
                 kept=microbatch.kept_N() if self.objective.kept_ids_only else None,
             )
@@ -198,11 +207,13 @@ class ObjectivePass:
 
         Of `MAXIMA` it is the largest.
         """
-        names = (*self.objective.sum_names, *SUMS)
+        of_objective = self.objective.sum_names
+        names = (*of_objective, *SUMS, *sum_names(self.teacher.names, of_objective))
         total = torch.zeros(len(names), dtype=torch.float64, device=next(self.gpt.parameters()).device)
         largest = total.new_zeros(len(MAXIMA))
+        nothing = total.new_zeros(())  # a teacher that did not score this microbatch
         for sums in logs:
-            total += torch.stack([sums[name].double() for name in names])
+            total += torch.stack([sums.get(name, nothing).double() for name in names])
             largest = largest.maximum(torch.stack([sums[name] for name in MAXIMA]))
         for group in (self.groups.pp, self.groups.dp_cp):
             dist.all_reduce(total, group=group)
@@ -222,12 +233,13 @@ class Outcome:
 def means_over_tokens(outcomes: Sequence[Outcome], tokens: int) -> dict[str, float]:
     """Per-token means over several updates with `tokens` loss tokens together; empty where there are none.
 
-    Those of `agreement` are over the tokens that could be compared.
+    Those of `agreement` are over the tokens that could be compared, those of several teachers over their own.
     """
     with_tokens = [outcome.sums for outcome in outcomes if outcome.sums]
-    names = [name for name in (with_tokens or [{}])[0] if name not in (*SUMS, *MAXIMA)]
+    others = {name for sums in with_tokens for name in sums if name in (*SUMS, *MAXIMA) or is_of_one(name)}
+    names = [name for name in (with_tokens or [{}])[0] if name not in others]
     means = {name: sum(sums[name] for sums in with_tokens) / tokens for name in names}
-    return means | step_agreement(with_tokens)
+    return means | per_teacher(with_tokens) | step_agreement(with_tokens)
 
 
 def student_logits(

@@ -66,10 +66,10 @@ def test_the_interval_holds_the_mean_of_the_population_as_often_as_it_says(draw,
     held = 0
     for trial in range(400):
         if draw == "bernoulli":
-            values, mean = generator.random(100) < 0.3, 0.3
+            values, mean = (generator.random(100) < 0.3).astype(float), 0.3
         else:
             values, mean = generator.beta(2, 6, size=100), 0.25
-        found = bootstrap(values.astype(float).tolist(), seed=trial)
+        found = bootstrap(values.tolist(), seed=trial)
         held += found.low <= mean <= found.high
     assert 0.92 <= held / 400 <= 0.98  # 95 %, with three standard deviations of the 400 trials
 

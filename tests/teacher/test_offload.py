@@ -11,6 +11,7 @@ from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.teacher.host_weights import HostWeights
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import tensors_of
+from megatron_opd.teacher.teacher import Asked
 from tests.tiny import recorded_rollouts
 from tests.training.tiny_run import build_run, save_pair
 
@@ -40,8 +41,8 @@ def scored(layout: ParallelLayout, models: Path) -> dict[str, Any]:
     run = build_run(layout, models)
     plain = run.objective.teacher
     assert isinstance(plain, MegatronTeacher)
-    microbatches = pack(recorded_rollouts(9), dp_size=1, token_budget=96)[0]
-    expected = plain.score(microbatches)
+    asked = Asked(pack(recorded_rollouts(9), dp_size=1, token_budget=96)[0])
+    expected = plain.score(asked)
     offloaded = MegatronTeacher(plain.chunks, run.groups, offload=True)
     (model,) = plain.chunks
     outside = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -49,7 +50,7 @@ def scored(layout: ParallelLayout, models: Path) -> dict[str, Any]:
     model.register_forward_pre_hook(
         lambda model, _: inside.update({name: each.data_ptr() for name, each in model.named_parameters()})
     )
-    found = offloaded.score(microbatches)
+    found = offloaded.score(asked)
     after = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     return {
         "same": all(

@@ -1,6 +1,5 @@
 """Every kind of payload of a Megatron teacher: the loss and the gradient are those of hidden states, in any layout."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,21 +8,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config.schema import OptimizerConfig
-from megatron_opd.data.packing import Microbatch
+from megatron_opd.config.schema import SERVED_KINDS, OptimizerConfig, PayloadKind
 from megatron_opd.models.gpt import DTYPES
 from megatron_opd.objectives import Gate, Objective, TokenWeight
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import (
-    SERVED_KINDS,
     PayloadFormat,
-    PayloadKind,
     TeacherPayload,
     WholeLogits,
     tensors_of,
 )
 from megatron_opd.teacher.projection import distribution
+from megatron_opd.teacher.teacher import Asked
 from tests.gloo_pool import GlooPools
 from tests.tiny import VOCAB, recorded_rollouts
 from tests.training.tiny_run import TinyRun, build_run, save_pair
@@ -82,13 +79,11 @@ class Carried(MegatronTeacher):
 
     form: PayloadFormat
 
-    def score(
-        self, microbatches: Sequence[Microbatch], kind: PayloadKind | None = None
-    ) -> list[TeacherPayload | None]:
-        found = super().score(microbatches, kind)
+    def score(self, asked: Asked) -> list[TeacherPayload | None]:
+        found = super().score(asked)
         return [
             None if payload is None else self._carried(payload, int(microbatch.mask_T.sum()))
-            for payload, microbatch in zip(found, microbatches, strict=True)
+            for payload, microbatch in zip(found, asked.microbatches, strict=True)
         ]
 
     def _carried(self, payload: TeacherPayload, positions: int) -> TeacherPayload:

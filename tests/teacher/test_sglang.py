@@ -14,6 +14,7 @@ from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.objectives import ServedLogprobs
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.teacher import Asked
 from tests.gloo_pool import GlooPools
 from tests.rollout.models import full_logits, load
 from tests.sglang_server import SGLangServer
@@ -52,8 +53,8 @@ def largest_errors(url: str, folder: Path, *, k: int, named: bool, request_token
     given = [torch.rand(each.shape, generator=generator).argsort(1)[:, :5] for each in truth]
     teacher = SGLangTeacher(groups, vocab_size=arch.vocab_size, k=k, request_tokens=request_tokens)
     teacher.connect([url], concurrency=16)
-    payloads = teacher.score(packed, given if named else None)
-    sampled = teacher.score(packed, k=0)
+    payloads = teacher.score(Asked(packed, student_ids=(lambda: given) if named else None))
+    sampled = teacher.score(Asked(packed, evaluation=True))
     teacher.close()
     errors: dict[str, Any] = {
         "sampled": 0.0,

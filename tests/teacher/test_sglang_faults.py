@@ -15,7 +15,9 @@ from megatron_opd.models.architecture import ServedModel, read_served
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.rollout.replicas import BadReply
 from megatron_opd.teacher.contract import Ask, check_contract
+from megatron_opd.teacher.payload import tensors_of
 from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.teacher import Asked
 from tests.gloo_pool import GlooPools
 from tests.rollout.fake_server import fake_server
 from tests.sglang_server import LONGEST, SGLangServer
@@ -37,7 +39,9 @@ def scored(urls: list[str], layout: ParallelLayout, **options: Any) -> list[list
     if teacher.asks:
         teacher.connect(urls, key="teacher.sglang", **{"outage_timeout": 120.0, **options})
     try:
-        return [payload.logprob.tolist() for payload in teacher.score(packed) if payload is not None]
+        return [
+            tensors_of(payload)[0].tolist() for payload in teacher.score(Asked(packed)) if payload is not None
+        ]
     except UserError as error:
         return str(error)
     finally:
@@ -77,7 +81,7 @@ def scored_one(urls: list[str]) -> str:
     teacher = SGLangTeacher(build_groups(ParallelLayout()), vocab_size=VOCAB)
     teacher.connect(urls, key="teacher.sglang", outage_timeout=60.0)
     with pytest.raises(UserError) as caught:
-        teacher.score(pack(recorded_rollouts(1), dp_size=1, token_budget=96)[0])
+        teacher.score(Asked(pack(recorded_rollouts(1), dp_size=1, token_budget=96)[0]))
     teacher.close()
     return str(caught.value)
 

@@ -10,6 +10,7 @@ from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.data.packing import pack
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.parallel.groups import ParallelLayout
+from megatron_opd.teacher.teacher import Asked
 from megatron_opd.training.update import Update, UpdateScale
 from tests.tiny import VOCAB, save_tiny_model
 from tests.training.tiny_run import assert_close, build_run
@@ -39,7 +40,7 @@ def _gradients_of_equal_lengths(layout: ParallelLayout, models: Path, **p2p: boo
     ]
     packed = pack(rollouts, dp_size=1, token_budget=24, count_multiple=layout.microbatch_multiple)
     run.student.zero_grad()
-    update = Update(packed[0], UpdateScale.of(packed), run.objective.teacher.score(packed[0]))
+    update = Update(packed[0], UpdateScale.of(packed), run.objective.teacher.score(Asked(packed[0])))
     run.objective.run(run.student.ddps, update)
     return run.gradients()
 

@@ -19,9 +19,8 @@ from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import build_groups
 from megatron_opd.preflight import check_models
-from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.teacher.separate import SeparateTeacher, serve
-from megatron_opd.teacher.sglang import SGLangTeacher
+from megatron_opd.teacher.separate import serve
+from megatron_opd.teacher.teacher import Asked
 from megatron_opd.training.models import load_models, load_separate
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import build_student, join_build
@@ -108,7 +107,7 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
         model = load_separate(config, checked, relay, device)
         join_build()
         assert relay.orders is not None
-        serve(model, relay.layouts, relay.messages, relay.orders, lambda step: None, device=device)
+        serve(model, relay.layouts, relay.payload_group, relay.orders, lambda step: None, device=device)
         return None
     chunks, teacher, _ = load_models(config, checked, layout, groups, device, relay)
     settings = OptimizerConfig(
@@ -126,16 +125,14 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
         count_multiple=layout.microbatch_multiple,
     )
     mine = [each.shard(groups.cp.rank(), groups.cp.size()) for each in packed[groups.dp.rank()]]
-    known: Any = mine if isinstance(teacher, MegatronTeacher) else packed
-    assert not isinstance(teacher, SGLangTeacher)
-    update = Update(mine, UpdateScale.of(packed), teacher.score(known))
-    evaluation = replace(update, payloads=teacher.score(known, "hidden_states"))
+    asked = Asked(mine, packed)
+    update = Update(mine, UpdateScale.of(packed), teacher.score(asked))
+    evaluation = replace(update, payloads=teacher.score(replace(asked, evaluation=True)))
     student.zero_grad()
     sums = run.run(student.ddps, update)
     plain = replace(run, objective=Objective())
     sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True)["reverse_kl"]
-    if isinstance(teacher, SeparateTeacher):
-        teacher.dismiss()
+    teacher.finish()
     return sums, TinyRun(layout, groups, checked.student, student, run).gradients()
 
 

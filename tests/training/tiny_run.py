@@ -19,8 +19,8 @@ from megatron_opd.models.gpt import GPT, build_gpt
 from megatron_opd.objectives import Objective, TokenWeight
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
-from megatron_opd.teacher.dealing import payloads_for_student
 from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.teacher.teacher import Asked
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
 from tests.tiny import VOCAB, recorded_rollouts, save_tiny_model
@@ -68,8 +68,7 @@ class TinyRun:
         microbatches = [each.shard(cp.rank(), cp.size()) for each in packed[self.groups.dp.rank()]]
         scale = UpdateScale.of(packed)
         self.student.zero_grad()
-        payloads = self.objective.teacher.score([each.for_teacher for each in microbatches])
-        update = Update(microbatches, scale, payloads_for_student(payloads, microbatches, cp))
+        update = Update(microbatches, scale, self.objective.teacher.score(Asked(microbatches, packed)))
         return self.objective.run(self.student.ddps, update)
 
     def train(self, steps: range) -> list[dict[str, float]]:

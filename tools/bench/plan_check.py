@@ -32,9 +32,9 @@ from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import build_groups
 from megatron_opd.plan.memory import StageMemory, stage_memory
 from megatron_opd.plan.setting import Setting
-from megatron_opd.teacher.dealing import payloads_for_student
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import tensors_of
+from megatron_opd.teacher.teacher import Asked
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
 from tools.bench.measure import peak_extra
@@ -177,9 +177,7 @@ class Built:
 
     def scored(self) -> Update:
         """The update with its payload."""
-        payloads = self.objective.teacher.score([each.for_teacher for each in self.microbatches])
-        cp = self.objective.groups.cp
-        return Update(self.microbatches, self.scale, payloads_for_student(payloads, self.microbatches, cp))
+        return Update(self.microbatches, self.scale, self.objective.teacher.score(Asked(self.microbatches)))
 
     def update(self, update: Update) -> None:
         """Forward and backward passes of an update."""

@@ -1,0 +1,56 @@
+"""What is counted of each of several teachers: its tokens, and their reverse KL to it.
+
+    teacher/<name>/tokens       loss tokens that it scored in the step
+    teacher/<name>/reverse_kl   mean over them, in nats; `reverse_kl_sampled` where only that is known
+
+Of mixed teachers every one has all tokens, and `reverse_kl` without a name is the weighted mean of theirs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_opd.teacher.payload import Part, TeacherPayload, weight_of
+
+DISTANCES = ("reverse_kl", "reverse_kl_sampled")
+
+
+def sum_names(teachers: Sequence[str], objective: Sequence[str]) -> list[str]:
+    """The sums of each teacher, given those of the objective."""
+    counted = ("tokens", *(name for name in DISTANCES if name in objective))
+    return [f"teacher/{teacher}/{name}" for teacher in teachers for name in counted]
+
+
+def add_sums(
+    sums: dict[str, Tensor], found: Mapping[str, Tensor], payload: TeacherPayload, mask_T: Tensor
+) -> None:
+    """Add to a microbatch's sums what was `found` with one teacher's payload, weighted; and its own sums, as they are.
+
+    mask_T are the loss positions.
+    """
+    for name, value in found.items():
+        sums[name] = sums.get(name, 0.0) + weight_of(payload) * value
+    if isinstance(payload, Part):
+        own = {name: found[name] for name in DISTANCES if name in found}
+        own["tokens"] = mask_T.sum(dtype=torch.float64)
+        sums |= {f"teacher/{payload.teacher}/{name}": value for name, value in own.items()}
+
+
+def per_teacher(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of a step from the sums of its updates; without the distance of a teacher that scored no token."""
+    names = [name for name in (updates[0] if updates else {}) if is_of_one(name)]
+    total = {name: sum(update[name] for update in updates) for name in names}
+    metrics = {}
+    for name, value in total.items():
+        tokens = total[f"{name.rpartition('/')[0]}/tokens"]
+        if name.endswith("/tokens"):
+            metrics[name] = value
+        elif tokens:
+            metrics[name] = value / tokens
+    return metrics
+
+
+def is_of_one(name: str) -> bool:
+    """Whether a sum is of one of several teachers."""
+    return name.startswith("teacher/")
