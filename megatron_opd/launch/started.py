@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,7 +29,7 @@ from megatron_opd.launch.connections import (
 )
 
 PATIENCE = timedelta(seconds=60)  # that ranks have to come
-LEAVE = timedelta(minutes=10)  # that rank 0 may take for its report, and the others wait for it
+LEAVE = timedelta(minutes=10)  # that those who have come may take for their checks
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,14 @@ class Meeting:
         if not self.leads:
             return []
         keys = [f"{self._asked}/{rank}" for rank in range(self.place.size)]
+        patience = PATIENCE if self._asked == 1 else LEAVE
         try:
-            self._store.wait(keys, PATIENCE)
+            self._store.wait(keys, patience)
         except dist.DistError:
             silent = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
             raise UserError(
                 f"of {len(keys)} ranks {', '.join(silent)} did not come to {self.place.address}:{self.place.port} "
-                f"within {PATIENCE.seconds} s: see what they print; a firewall between nodes stops them too"
+                f"within {patience.seconds} s: see what they print; a firewall between nodes stops them too"
             ) from None
         return [json.loads(self._store.get(key)) for key in keys]
 
@@ -118,7 +119,8 @@ class Meeting:
         """Rank 0 keeps the store until all others have come to this."""
         self._store.set(f"left/{self.place.rank}", "")
         if self.leads:
-            self._store.wait([f"left/{rank}" for rank in range(self.place.size)], PATIENCE)
+            with suppress(dist.DistError):  # of one that has died meanwhile
+                self._store.wait([f"left/{rank}" for rank in range(self.place.size)], PATIENCE)
 
     def connections(self, backend: str) -> list[Check]:
         """What connections between the ranks are like, or what is wrong with them; of rank 0 it is the whole report."""
