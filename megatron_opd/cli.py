@@ -1,7 +1,8 @@
 """The command line, `megatron-opd`.
 
 Every command imports what it needs when it runs, so that `--help` is quick. Exit codes: 0, 1 (something
-failed), 2 (a mistake of the user: one `error: ...` line on stderr), 130 (Ctrl-C).
+failed), 2 (a mistake of the user: one `error: ...` line on stderr), 75 (a signal has stopped a training, which has
+saved: the same command goes on), 130 (Ctrl-C).
 """
 
 import os
@@ -16,8 +17,14 @@ import typer
 from megatron_opd.cli_convert import convert
 from megatron_opd.cli_evaluate import evaluate
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
+from megatron_opd.cli_teacher_cache import teacher_cache
 from megatron_opd.errors import UserError
-from megatron_opd.launch.worker import end_forks_with_this_process, end_with_launcher, report_user_error
+from megatron_opd.launch.worker import (
+    REQUEUE_EXIT,
+    end_forks_with_this_process,
+    end_with_launcher,
+    report_user_error,
+)
 
 app = typer.Typer(
     help="On-policy distillation of language models on Megatron-Core.",
@@ -30,6 +37,7 @@ app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
 app.command()(evaluate)
+app.command()(teacher_cache)
 
 
 @app.command()
@@ -54,7 +62,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from megatron_opd.train import train as run
 
     end_forks_with_this_process()
-    run(loaded)
+    if not run(loaded):
+        raise typer.Exit(REQUEUE_EXIT)
 
 
 @launch.command()

@@ -21,6 +21,7 @@ _REFUSED_IN_WORDS = {
     "No space left on device": "no space left on device",
     "Disk quota exceeded": "disk quota exceeded",
     "unexpected pos": "a write was cut short, as on a full disk",  # torch's zip writer says nothing else
+    "a writer was killed": "a process that writes it was killed, as it is when memory runs out",
 }
 
 
@@ -37,7 +38,7 @@ def check_readable(path: Path) -> None:
 
 
 def why_refused(error: BaseException | None) -> str | None:
-    """Why the file system refused a write, None if that is not what went wrong.
+    """Why the system refused a write, None if that is not what went wrong.
 
     Writers in other processes or other languages only leave the system's text in their message.
     """

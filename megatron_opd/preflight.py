@@ -101,7 +101,25 @@ def check_before_start(config: Config, world_size: int) -> Checked:
             f"teacher.path: {teacher.path} has no *.safetensors for the servers to load: name a Hugging Face folder, "
             "or give teacher.sglang.urls"
         )
+    check_cache_folder(config)
     return checked
+
+
+def check_cache_folder(config: Config) -> None:
+    """Whether there can be a folder, and weights to know the teacher by. Raises UserError."""
+    teacher = config.teacher
+    if teacher.cache is None:
+        return
+    from megatron_opd.checkpoint.fingerprint import weight_files  # brings megatron-core, which takes seconds
+
+    if teacher.cache.exists() and not teacher.cache.is_dir():
+        raise UserError(f"teacher.cache: {teacher.cache} is a file, not a folder")
+    for key, folder in teacher.folders.items():
+        if not weight_files(folder):
+            raise UserError(
+                f"teacher.cache: {key} {folder} has no weights to know the teacher by: name the folder that the "
+                "servers serve, or leave it null"
+            )
 
 
 def check_models(config: Config, world_size: int) -> Checked:

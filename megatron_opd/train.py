@@ -4,9 +4,7 @@ The embedded rollout engine shares the student's weights; servers are given them
 rollouts of the next steps while one trains.
 """
 
-import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -17,27 +15,38 @@ from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.evaluation.evaluate import metrics_of
-from megatron_opd.models.gpt import GPT
+from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.report.run_log import RunLog
+from megatron_opd.rollout.sharded import RolloutsStopped
 from megatron_opd.rollout.stream import staleness
 from megatron_opd.training.agreement import alarm
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
+from megatron_opd.training.saving import Saves, moving_teacher
 from megatron_opd.training.serving import Publish, drawn, serving, unserved
 from megatron_opd.training.task_scores import task_scores
 from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import means_over_tokens
+from megatron_opd.watch.phases import EVALUATION, ROLLOUT, SAVE, STEP, SYNC, TEACHER
+from megatron_opd.watch.stopping import Stopping
+from megatron_opd.watch.watchdog import Watchdog
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
 
 
-def train(config: Config) -> None:
-    """Run or resume the training that `config` describes. Collective: every rank calls it."""
-    if only_teaches(config):
-        teach(config)
-        return
-    job = set_up(config)
+def train(config: Config) -> bool:
+    """Run or resume the training that `config` describes. Collective: every rank calls it.
+
+    Returns whether all steps are done; otherwise a signal has stopped it, and its state is saved.
+    """
+    with Stopping() as stopping:
+        return teach(config, stopping) if only_teaches(config) else learn(config, stopping)
+
+
+def learn(config: Config, stopping: Stopping) -> bool:
+    """The part of the ranks that have the student."""
+    job = set_up(config, lambda: stopping.requested)
     start, steps = resume(job), config.training.steps
     rank_0 = dist.get_rank() == 0
     changes = changes_since(config) if start else []
@@ -45,35 +54,72 @@ def train(config: Config) -> None:
         save_resolved(config, config.run_dir)
     decode = job.texts.tokenizer.decode
     with (
+        Watchdog(job.phases, config.timeouts.limits, config.run_dir),
         RunLog(config.run_dir, start=start, steps=steps, enabled=rank_0, decode=decode) as log,
         teaching(job, log.say) if start < steps else nullcontext(),
         serving(job, log.say) as publish,
+        Saves(job) as saves,
     ):
         for line in [*job.notes(start), *(f"changed from step {start} on: {change}" for change in changes)]:
             log.say(line)
         if start < steps:
-            publish(start)
+            with job.phases(SYNC):
+                publish(start)
         if start == 0 and job.texts.evaluated:
             log.record(0, evaluate(job, 0, publish))
-        for step in range(start + 1, steps + 1):
-            metrics, rollouts = train_step(job, step, publish)
-            drawing = step < steps or job.texts.evaluated  # with the weights of this step
-            metrics["sync_seconds"] = publish(step) if drawing else 0.0
-            if job.texts.evaluated and due(step, config.evaluation.every, steps):
-                metrics |= evaluate(job, step, publish)
-            log.record(step, metrics, rollouts)
-            warning = alarm(metrics, config.rollout)
-            if warning is not None:
-                log.say(f"step {step}: {warning}")
-            if due(step, config.checkpoint.save_every, steps):
-                save(job, step)
-        export = config.run_dir / "hf" if config.checkpoint.export_hf else None
-        if export is not None:
-            architecture, source = job.architecture, config.student.path
-            save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
-        log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
-    job.teacher.finish()
+        stopping.begin()
+        done = take_steps(job, start, log, publish, saves, stopping)
+        if done < steps:
+            log.say(stopping.farewell(done))
+            stopping.leave()
+        else:
+            export = config.run_dir / "hf" if config.checkpoint.export_hf else None
+            if export is not None:
+                architecture, source = job.architecture, config.student.path
+                with job.phases(SAVE):
+                    save_hf(job.student.chunks, architecture, job.groups, source, export, replace=True)
+            if start < steps:
+                log.say(saves.cost())
+            log.summarise(checkpoint=config.run_dir / "checkpoints" / "latest", export=export)
+    job.teacher.finish(early=done < steps)
     dist.destroy_process_group()
+    return done == steps
+
+
+def take_steps(job: Job, start: int, log: RunLog, publish: Publish, saves: Saves, stopping: Stopping) -> int:
+    """The steps after `start`, to the last or until a signal stops the run; returns how many are behind it, saved."""
+    config, done, steps = job.config, start, job.config.training.steps
+    while done < steps and not stops(job, stopping):
+        step = done + 1
+        try:
+            metrics, rollouts = train_step(job, step, publish)
+        except RolloutsStopped:
+            continue
+        drawing = step < steps or job.texts.evaluated  # with the weights of this step
+        with job.phases(SYNC):
+            metrics["sync_seconds"] = publish(step) if drawing else 0.0
+        if job.texts.evaluated and due(step, config.evaluation.every, steps):
+            metrics |= evaluate(job, step, publish)
+        metrics["save_seconds"] = saves.take_seconds()
+        log.record(step, metrics, rollouts)
+        warning = alarm(metrics, config.rollout)
+        if warning is not None:
+            log.say(f"step {step}: {warning}")
+        if due(step, config.checkpoint.save_every, steps):
+            saves.begin(step)
+        else:
+            saves.advance()
+        done = step
+    if start < done < steps and not due(done, config.checkpoint.save_every, steps):
+        saves.begin(done)
+    saves.finish()
+    return done
+
+
+def stops(job: Job, stopping: Stopping) -> bool:
+    """Whether a signal stops the run here, on every rank alike. Collective over the student's ranks."""
+    with job.phases(STEP):
+        return stopping.agreed(all_ranks(job.groups), job.device) is not None
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -83,17 +129,17 @@ def due(step: int, every: int, steps: int) -> bool:
 
 def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[str, Any], list[Rollout]]:
     """Take rollouts, let the models score them, apply the updates. Returns the step's metrics and rollouts."""
-    began = time.perf_counter()
-    rollouts = drawn(lambda: job.rollouts.take(step), publish, step - 1)
-    taken = time.perf_counter()
-    updates = job.score(rollouts)
-    scored = time.perf_counter()
-    job.student.start_step()
-    progress = (step - 1) / max(1, job.config.training.steps - 1)
-    outcomes = [job.apply(update, progress) for update in updates]
-    if job.average is not None:
-        job.average.hand_over()
-    trained = time.perf_counter()
+    phases = job.phases
+    with phases(ROLLOUT):
+        rollouts = drawn(lambda: job.rollouts.take(step), publish, step - 1)
+    with phases(TEACHER):
+        updates = job.score(rollouts)
+    with phases(STEP):
+        job.student.start_step()
+        progress = (step - 1) / max(1, job.config.training.steps - 1)
+        outcomes = [job.apply(update, progress) for update in updates]
+        if job.average is not None:
+            job.average.hand_over()
     tokens = sum(update.scale.loss_tokens for update in updates)
     return {
         **means_over_tokens(outcomes, tokens),
@@ -105,19 +151,22 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         **staleness(rollouts, step - 1),
         "skipped": sum(not outcome.applied for outcome in outcomes),
         **take_router_metrics(job.student.chunks, job.groups),
-        "rollout_seconds": taken - began,
-        "teacher_seconds": scored - taken,
-        "train_seconds": trained - scored,
+        "rollout_seconds": phases.seconds[ROLLOUT],
+        "teacher_seconds": phases.seconds[TEACHER],
+        "train_seconds": phases.seconds[STEP],
         **job.teacher.metrics(),
     }, rollouts
 
 
 def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
     """What `evaluation` asks for: held-out reverse KL, and the scores of tasks, which rank 0 alone returns."""
-    metrics = evaluate_heldout(job, step, publish) if job.texts.heldout else {}
-    if job.texts.tasks:
-        metrics |= metrics_of(task_scores(job, step, publish))
-    return metrics
+    metrics: dict[str, float] = {}
+    with job.phases(EVALUATION):
+        if job.texts.heldout:
+            metrics |= evaluate_heldout(job, step, publish)
+        if job.texts.tasks:
+            metrics |= metrics_of(task_scores(job, step, publish))
+    return metrics | {"eval/seconds": job.phases.seconds[EVALUATION]}
 
 
 def evaluate_heldout(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
@@ -125,7 +174,6 @@ def evaluate_heldout(job: Job, step: int, publish: Publish = unserved) -> dict[s
 
     With a teacher behind servers it is an estimate, see `Job.heldout_reverse_kl`.
     """
-    began = time.perf_counter()
     seed = job.config.seed + HELDOUT_SEED_OFFSET
     rollouts = drawn(
         lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
@@ -134,7 +182,6 @@ def evaluate_heldout(job: Job, step: int, publish: Publish = unserved) -> dict[s
     return {
         **{f"eval/{name}": value for name, value in means.items()},
         "eval/response_tokens": tokens / len(rollouts),
-        "eval/seconds": time.perf_counter() - began,
     }
 
 
@@ -142,19 +189,6 @@ def changes_since(config: Config) -> list[str]:
     """What differs from the configuration that the run directory was last used with."""
     saved = config.run_dir / "config.yaml"
     return changed_keys(load_config(saved, []), config) if saved.is_file() else []
-
-
-def save(job: Job, step: int) -> None:
-    """Write the checkpoint of `step`: model, optimizer, prompt position, and a teacher that follows the student."""
-    state = {"prompts": job.prompts.state_dict()}
-    job.teacher.before_save(step)
-    with moving_teacher(job) as teacher:
-        job.checkpoints.save(step, job.student.chunks, job.student.optimizer, state, teacher)
-
-
-def moving_teacher(job: Job) -> AbstractContextManager[Sequence[GPT]]:
-    """Chunks of the average that the teacher becomes; none where it keeps its weights."""
-    return nullcontext(()) if job.average is None else job.average.as_model()
 
 
 def resume(job: Job) -> int:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_opd.checkpoint.store import published
+from megatron_opd.checkpoint.published import published
 from megatron_opd.cli import main
 from megatron_opd.data.prompts import PromptStream, load_prompts
 from megatron_opd.data.tokenizer import load_tokenizer
@@ -202,6 +201,17 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
         assert all(each["versions"] == [row["step"] - 1] for each in row["rollouts"])
 
 
+def test_more_processes_go_on_with_the_prompts_that_are_due(inputs, tmp_path):
+    """Another world size: as many prompts a step as before, none lost and none drawn twice."""
+    config = write_config(inputs, tmp_path / "run", checkpoint__save_every=1, evaluation__every=1)
+    assert run_forked("train", config, "training.steps=3").returncode == 0
+    done = run_forked("launch", "local", config, "parallel.data=2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 3: TP1·PP1·CP1·DP2" in done.stdout
+    check_ledger(inputs, tmp_path / "run", steps=6)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(7))
+
+
 def test_sequences_shared_by_two_processes_give_the_same_run(inputs, tmp_path):
     """Context parallelism, five prompts over two processes, sampled log-probs kept for a second update."""
     rows, settings = [], {"rollout__prompts_per_step": 5, "training__updates_per_rollout": 2}
@@ -255,27 +265,6 @@ def test_what_changed_since_the_last_start_is_said(inputs, tmp_path):
     assert metrics(run_dir)[-1]["lr"] == 1e-4
     finished = run_forked("train", write_config(inputs, run_dir, training__steps=7), "optimizer.lr=1e-4")
     assert "finished already (7 steps; raise training.steps to go on)" in finished.stdout
-
-
-def test_ctrl_c_says_how_to_go_on(inputs, tmp_path):
-    run_dir = tmp_path / "run"
-    config = write_config(inputs, run_dir, training__steps=5000)
-    listening = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # a suite in the background ignores Ctrl-C
-    process = subprocess.Popen(
-        command("train", config), stderr=subprocess.PIPE, text=True, preexec_fn=listening
-    )
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    try:
-        message = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "a training goes on from its last checkpoint" in message and "Traceback" not in message
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_opd.checkpoint.convert import hf_to_megatron
-from megatron_opd.checkpoint.store import published
+from megatron_opd.checkpoint.published import published
 from tests.test_train import (
     broken_line,
     broken_teacher,

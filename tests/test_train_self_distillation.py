@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_opd.checkpoint.store import published
+from megatron_opd.checkpoint.published import published
 from tests.data.tiny_tokenizer import save_tokenizer
 from tests.test_train import metrics
 from tests.tiny import save_tiny_model

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import psutil
 
-from megatron_opd.checkpoint.store import published
+from megatron_opd.checkpoint.published import published
 from tests.data.tiny_tokenizer import save_tokenizer
 from tests.forked import run_forked
 from tests.sglang_server import SEEDED, SGLangServer, sglang_python

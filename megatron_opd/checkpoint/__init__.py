@@ -7,8 +7,10 @@
 - `state_read`, `state_write`: megatron-core's checkpoint format, tensor by tensor.
 - `safetensors_files`: safetensors files, tensor by tensor.
 - `checksums`: of a Megatron folder's files, recorded and compared.
+- `fingerprint`: which weights a folder holds, told without reading all of them.
 - `shared_count`: what the processes of a conversion have moved together.
-- `store`: a run's checkpoints, saved atomically and resumed.
+- `store`: a run's checkpoints, saved and resumed; `writing`: their files, written while the training goes on;
+  `published`: how they appear and go again, atomically.
 - `folders`: how a new folder comes into being: written aside, then published.
 
 Nothing here may import training, rollout, teacher or the loop.

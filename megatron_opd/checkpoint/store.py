@@ -1,20 +1,16 @@
-"""A run's checkpoints: written aside, published atomically, checksummed, resumed from the newest intact one.
+"""A run's checkpoints: model, optimizer and position, saved while the training goes on, and loaded at any layout.
 
 `checkpoints/step_00000040/` holds `state/` (megatron dist_checkpointing: model and optimizer, loads at any layout),
-`run.json` (step, prompt position), the Hugging Face `config.json` and tokenizer (so that the
-folder is a model folder), and `checksums.json`. It is written as `.writing_step_...` and renamed when complete, so a
-save cut short is never picked up. `checkpoints/latest` is a link for people; resuming looks at the folders themselves.
+`run.json` (step, prompt position), the Hugging Face `config.json` and tokenizer (so that the folder is a model
+folder), and `checksums.json`. How such a folder appears, complete or not at all, is in `checkpoint.published`.
 
 Nothing random is saved: sampling noise is counter-based and the models have no dropout.
 """
 
 import json
-import os
-import queue
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +18,56 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_opd.checkpoint.checksums import first_damaged_file, write_checksums
-from megatron_opd.checkpoint.state_read import plain_data_only
-from megatron_opd.checkpoint.weights import (
-    STATE,
-    TEACHER_PREFIX,
-    copy_model_files,
-    load_chunks,
-    sharded_weights,
+from megatron_opd.checkpoint.published import (
+    Retention,
+    aside_of_step,
+    folder_of_step,
+    newest_intact,
+    publish,
+    published,
 )
+from megatron_opd.checkpoint.state_read import plain_data_only
+from megatron_opd.checkpoint.weights import STATE, TEACHER_PREFIX, load_chunks, sharded_weights
+from megatron_opd.checkpoint.writing import StateWriting, merged
 from megatron_opd.errors import UserError, why_refused
 from megatron_opd.models.gpt import GPT
 from megatron_opd.parallel.groups import all_ranks
 
-_PREFIX, _ASIDE, _LATEST = "step_", ".writing_", "latest"
 _SHARDED = "optimizer_sharded"  # in run.json: whether the state is that of the distributed optimizer
 _TEACHER = "teacher"  # in run.json: whether the state has a teacher; in the state: its weights
+_UNRECORDED = {"optimizer.name": "adam"}  # of an identity: what every run had before it was written down
 
 
 @dataclass(frozen=True)
+class _Save:
+    """A save under way. Of `run_state` rank 0's is written."""
+
+    step: int
+    writing: StateWriting
+    run_state: dict[str, Any]
+
+
+@dataclass(eq=False)
 class CheckpointStore:
     """The checkpoints of one run directory; every method is called by all ranks, those of WORLD.
 
-    Ranks without a part of the model call `join_save` and `weights.join_load` where the others save and load.
+    A save has two parts: `save` begins it, after which the training may go on, and `publish` ends it. Ranks without a
+    part of the model call `join_save`, `publish` and `weights.join_load` where the others save, publish and load.
 
     `model_folder` gives each checkpoint its config.json and tokenizer. `identity` is what a run has to share with the
     checkpoints it resumes from: key -> value, both as text.
     """
 
     folder: Path
-    keep_last: int
+    retention: Retention
     groups: ProcessGroupCollection
     model_folder: Path
     identity: Mapping[str, str]
+    _under_way: _Save | None = field(default=None, init=False)
 
     def save(
         self,
@@ -67,8 +76,8 @@ class CheckpointStore:
         optimizer: Any,
         run_state: dict[str, Any],
         teacher: Sequence[GPT] = (),
-    ) -> Path:
-        """Write and publish the checkpoint of `step`, then delete all but the newest `keep_last`.
+    ) -> None:
+        """Begin to write the checkpoint of `step`, as everything is now; the one before has to be published.
 
         `teacher` are the chunks of a teacher whose weights move.
         Raises UserError, with the earlier checkpoints untouched, when the disk is or becomes full.
@@ -76,41 +85,91 @@ class CheckpointStore:
         state = sharded_state(chunks, optimizer, self.groups, is_loading=False, teacher=teacher)
         about = {"step": step, "identity": dict(self.identity), _SHARDED: _is_sharded(optimizer)}
         about |= {_TEACHER: True} if teacher else {}
-        return self._write(step, state, {**run_state, **about})
+        self._begin(step, state, {**run_state, **about})
 
     def join_save(self, step: int) -> None:
-        """What a rank without a part of the model does while the others save."""
-        self._write(step, {}, {})
+        """What a rank without a part of the model does while the others begin a save."""
+        self._begin(step, {}, {})
 
-    def _write(self, step: int, state: dict[str, Any], run_state: dict[str, Any]) -> Path:
-        """Of `run_state` rank 0's is written."""
+    def _begin(self, step: int, state: dict[str, Any], run_state: dict[str, Any]) -> None:
+        assert self._under_way is None, "one save at a time"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(_local_bytes(state))
-        final = self.folder / f"{_PREFIX}{step:08d}"
-        aside = self.folder / f"{_ASIDE}{final.name}"
+        aside = aside_of_step(self.folder, step)
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / STATE).mkdir(parents=True)
         dist.barrier()
-        # megatron-core would have a server process hand its results from this process to itself, and that process
-        # outlives a training that is killed.
-        filesystem_async._results_queue = queue.Queue()
         try:
-            dist_checkpointing.save(
-                state,
-                str(aside / STATE),
-                preprocess_common_before_consistancy_check=None if self._all_save else _nothing,
-            )
-            if dist.get_rank() == 0:
-                self._publish(aside, final, run_state)
+            writing = StateWriting(state, aside / STATE, all_save=self._all_save)
         except Exception as error:
-            self._give_up(aside, error)
-        dist.barrier()
+            raise self._given_up(step, error) from error
+        self._under_way = _Save(step, writing, run_state)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save has begun that is not published."""
+        return self._under_way is not None
+
+    def written(self) -> bool:
+        """Whether a save is under way that `publish` would not have to wait for. Ranks of the model: 1 all-reduce."""
+        if self._under_way is None:
+            return False
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        busy = torch.tensor(not self._under_way.writing.done, dtype=torch.int32, device=device)
+        dist.all_reduce(busy, op=dist.ReduceOp.MAX, group=all_ranks(self.groups))
+        return not busy.item()
+
+    def publish(self) -> Path:
+        """Wait for the save under way, make its folder appear, then delete what `retention` does not keep.
+
+        Raises UserError, with the earlier checkpoints untouched, when something of it could not be written.
+        """
+        assert self._under_way is not None
+        save = self._under_way
+        final = folder_of_step(self.folder, save.step)
+        failure = self._complete(save, final)
+        self._under_way = None
+        self._agree(save.step, failure)
         return final
+
+    def _complete(self, save: _Save, final: Path) -> BaseException | None:
+        """Returns what went wrong if rank 0 knows it, or every rank."""
+        try:
+            known = save.writing.finish()
+        except CheckpointException as error:
+            return error
+        except Exception as error:
+            raise self._given_up(save.step, error) from error
+        known = merged(known)
+        if dist.get_rank() == 0:
+            try:
+                aside = aside_of_step(self.folder, save.step)
+                publish(aside, final, self.model_folder, save.run_state, known)
+                self.retention.apply(self.folder)
+            except Exception as error:
+                return error
+        return None
+
+    def abandon(self) -> None:
+        """Stop writing; not collective, for a rank that ends by an error."""
+        if self._under_way is not None:
+            self._under_way.writing.abandon()
+
+    def _agree(self, step: int, failure: BaseException | None) -> None:
+        """Raise on all ranks when rank 0 has found something wrong. 1 broadcast."""
+        mine = None if failure is None else self._given_up(step, failure)
+        told = (
+            mine if mine is None or isinstance(mine, UserError) else RuntimeError(f"step {step}: see rank 0")
+        )
+        found = [told]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is not None:
+            raise (mine if mine is not None and dist.get_rank() == 0 else found[0]) from failure
 
     @property
     def _all_save(self) -> bool:
-        """Whether every rank has a part of the model; megatron-core warns of ranks that differ in what is common."""
+        """Whether every rank has a part of the model."""
         return (
             self.groups.intra_dist_opt is not None and all_ranks(self.groups).size() == dist.get_world_size()
         )
@@ -133,70 +192,25 @@ class CheckpointStore:
             f"the same command again to resume (checkpoints kept: {kept})"
         )
 
-    def _give_up(self, aside: Path, error: Exception) -> None:
-        """Remove what was written; a full disk or a refused write becomes a UserError."""
+    def _given_up(self, step: int, error: BaseException) -> BaseException:
+        """Remove what was written; a full disk or a refused write is a UserError, anything else is `error` itself."""
         if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside_of_step(self.folder, step), ignore_errors=True)
         reason = why_refused(error)
-        if reason is None:
-            raise error
-        raise self._refused(reason) from error
-
-    def _publish(self, aside: Path, final: Path, run_state: dict[str, Any]) -> None:
-        copy_model_files(self.model_folder, aside)
-        (aside / "run.json").write_text(json.dumps(run_state, indent=1))
-        write_checksums(aside, aside.rglob("*"))
-        for path in aside.rglob("*"):
-            _sync(path)
-        _sync(aside)
-        shutil.rmtree(final, ignore_errors=True)  # a later lineage saves the same step again
-        os.replace(aside, final)
-        link = self.folder / f"{_ASIDE}{_LATEST}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        os.replace(link, self.folder / _LATEST)
-        _sync(self.folder)
-        for old in published(self.folder)[: -self.keep_last]:
-            shutil.rmtree(old)
+        return error if reason is None else self._refused(reason)
 
     def newest_intact(self) -> Path | None:
-        """The newest checkpoint whose files all match their checksums; None when there are no checkpoints.
-
-        Newer ones that are damaged are named and renamed `damaged_step_...`. Raises UserError, and renames nothing,
-        when all are damaged: starting anew would throw the run away. Rank 0 reads, 1 broadcast.
-        """
+        """`published.newest_intact` of the folder, on all ranks alike. Rank 0 reads, 1 broadcast."""
         answer: list[Path | UserError | None] = [None]
         if dist.get_rank() == 0:
             try:
-                answer = [self._newest_intact()]
+                answer = [newest_intact(self.folder)]
             except UserError as error:
                 answer = [error]
         dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], UserError):
             raise answer[0]
         return answer[0]
-
-    def _newest_intact(self) -> Path | None:
-        damaged: dict[Path, str] = {}
-        for folder in reversed(published(self.folder)):
-            file = first_damaged_file(folder)
-            if file is None:
-                for newer, damage in damaged.items():
-                    aside = newer.with_name(f"damaged_{newer.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    newer.rename(aside)
-                    print(
-                        f"warning: checkpoint {newer} is damaged ({damage}): now {aside.name}",
-                        file=sys.stderr,
-                    )
-                return folder
-            damaged[folder] = file
-        if damaged:
-            names = ", ".join(f"{folder.name} ({file})" for folder, file in damaged.items())
-            raise UserError(
-                f"{self.folder}: no intact checkpoint: {names}; restore one, or start with a new run_dir"
-            )
-        return None
 
     def load(
         self, folder: Path, chunks: Sequence[GPT], optimizer: Any, teacher: Sequence[GPT] = ()
@@ -209,7 +223,7 @@ class CheckpointStore:
         """
         run_state = json.loads((folder / "run.json").read_text())
         for key, value in self.identity.items():
-            found = run_state["identity"].get(key)
+            found = run_state["identity"].get(key, _UNRECORDED.get(key))
             if found != value:
                 raise UserError(
                     f"{folder} belongs to a run with {key} = {found}, this one has {value}: give this run a run_dir of "
@@ -261,27 +275,8 @@ def sharded_state(
     return state
 
 
-def _nothing(common: dict[str, Any]) -> dict[str, Any]:
-    del common
-    return {}
-
-
 def _is_sharded(optimizer: Any) -> bool:
     return bool(optimizer.config.use_distributed_optimizer)
-
-
-def published(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or directory to the disk, so that the rename that publishes it cannot come before it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _local_bytes(state: Any) -> int:

@@ -20,9 +20,10 @@ from megatron_opd.config.layout_checks import (
     teacher_processes,
 )
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
-from megatron_opd.config.schema import Config, ParallelConfig
+from megatron_opd.config.schema import CheckpointConfig, Config, ParallelConfig
 from megatron_opd.config.self_distillation import check_self_distillation
 from megatron_opd.config.server_checks import check_servers, check_teacher
+from megatron_opd.config.teacher_cache import check_teacher_cache
 from megatron_opd.errors import UserError
 
 
@@ -39,11 +40,13 @@ def check_fields(config: Config) -> None:
             f"training.updates_per_rollout: {training.updates_per_rollout} updates need a rollout each, but a "
             f"step has {batch} (rollout.prompts_per_step * rollout.samples_per_prompt): lower it"
         )
+    _check_kept_checkpoints(config.checkpoint)
     _check_optimizer(config)
     _check_microbatch(config)
     _check_engine(config.rollout)
     check_teacher(config)
     check_self_distillation(config)
+    check_teacher_cache(config)
     _check_objective(config)
     if config.objective.kept_ids_only:
         _check_kept_ids(config.rollout)
@@ -143,6 +146,16 @@ def _on_this_machine(url: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_kept_checkpoints(checkpoint: CheckpointConfig) -> None:
+    every, saved = checkpoint.keep_every, checkpoint.save_every
+    if every and (not saved or every % saved):
+        when = f"checkpoints are saved every {saved} steps" if saved else "only the last step is saved"
+        raise UserError(
+            f"checkpoint.keep_every: {every} is no multiple of checkpoint.save_every, {when}: change one of them, or "
+            "set keep_every to 0"
+        )
 
 
 def _check_optimizer(config: Config) -> None:

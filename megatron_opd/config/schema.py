@@ -5,8 +5,9 @@ is not a number, 1.0 is not an integer. A token is a token of the student's toke
 `~`; relative paths are relative to the current directory, not to the file that names them.
 """
 
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +20,8 @@ from megatron_opd.config.section import Count, LocalPath, Name, PositiveInt, Pos
 PayloadKind = Literal["hidden_states", "logits", "topk", "sampled"]
 SERVED_KINDS: tuple[PayloadKind, ...] = ("topk", "sampled")
 """Payloads that are log-probs of some ids, at the temperature of the rollouts."""
+
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class ParallelConfig(Section):
@@ -148,6 +151,14 @@ class TeacherConfig(OffloadConfig):
         description="Tokens of a response that a server scores in one request: bounds its memory for log-probs. Read "
         "by the engine sglang.",
     )
+    cache: LocalPath | None = Field(
+        None,
+        description="Folder that keeps what the teacher says of each response: the same response is not scored again, "
+        "in this run or another. All processes have to see it. Evaluations do not use it. null: nothing is kept.",
+    )
+    cache_gb: PositiveWeight = Field(
+        100.0, description="Gigabytes that `cache` may hold, about; then what was written first is deleted."
+    )
 
     @field_validator("path")
     @classmethod
@@ -252,7 +263,50 @@ class CheckpointConfig(Section):
 
     save_every: Count = Field(50, description="Steps between two checkpoints. 0: only after the last step.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+    keep_every: Count = Field(
+        0,
+        description="Checkpoints of steps that it divides are kept for good; a multiple of save_every. 0: none.",
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Write checkpoints from processes of their own while the training goes on: costs host memory, up "
+        "to once more what a process saves. false: the training waits.",
+    )
     export_hf: bool = Field(True, description="Write the final student as a Hugging Face folder too.")
+
+
+class TimeoutsConfig(Section):
+    """Seconds that a part of a step may take before the run ends as stuck, with the stacks of all processes.
+
+    Time in which a process waits for others counts. Generous: what a run does should never come near them.
+    """
+
+    rollout: Seconds = Field(
+        7200.0, description="The rollouts of a step. More than what servers may take: see rollout.sglang."
+    )
+    teacher: Seconds = Field(
+        1800.0, description="The teacher's, the reference's and old log-probs of a step."
+    )
+    step: Seconds = Field(3600.0, description="The updates of a step; a separate teacher is waited for here.")
+    sync: Seconds = Field(1800.0, description="New weights for servers, whose start the first one includes.")
+    evaluation: Seconds = Field(7200.0, description="Held-out rollouts and their reverse KL, and tasks.")
+    save: Seconds = Field(3600.0, description="A checkpoint, and the export of the last one.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Phase -> seconds. `orders`: those in which a separate teacher waits for the student, which does all else."""
+        phases: dict[str, float] = self.model_dump()
+        return phases | {"orders": sum(phases.values())}
+
+    @property
+    def idle(self) -> timedelta:
+        """What passes until a separate teacher's next order at most."""
+        return timedelta(seconds=self.limits["orders"] + 300)
+
+    @property
+    def collective(self) -> timedelta:
+        """What a collective may take: longer than any phase, so that it is the phase that is named."""
+        return timedelta(seconds=max(self.model_dump().values()) + 300)
 
 
 class Config(Section):
@@ -277,6 +331,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
 
     @property
     def teacher_prompt_tokens(self) -> int:

@@ -121,7 +121,7 @@ def evaluate_model(
     tasks = read_tasks(config, tokenizer, arch.max_positions)
     texts = EvaluatedTexts(tokenizer, arch.vocab_size, stop_ids(model, tokenizer), tasks)
     cpu.install()
-    device = init_distributed()
+    device = init_distributed(config.timeouts.collective)
     evaluated = load(config, model, output, arch, layout, texts, device)
     scores = scores_on_rank_0(evaluated, _say if not quiet and dist.get_rank() == 0 else _silent)
     if scores:
@@ -144,7 +144,7 @@ def load(
     # Servers have their logs in the run directory, and the files beside exported weights are the student's.
     student = config.student.model_copy(update={"path": model})
     config = config.model_copy(update={"run_dir": output, "student": student})
-    groups = build_groups(layout)
+    groups = build_groups(layout, timeout=config.timeouts.collective)
     padded = arch.padded_vocab_size(layout.tensor)
     chunks = load_gpt(arch, model, layout, groups, config.precision, padded, device)
     for chunk in chunks:

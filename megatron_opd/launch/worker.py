@@ -1,5 +1,4 @@
-"""What a process started by `launch.local` owes its launcher: to hand its mistake over, and to end when the
-launcher does.
+"""What a started process owes the one that started it: its exit code, the reason of its end, and to end with it.
 
 A mistake of the user (UserError) mostly strikes every rank alike, or one rank while the others wait for it.
 So a started process writes it to the file that the launcher named, and the launcher prints one line for all
@@ -17,20 +16,31 @@ from pathlib import Path
 
 from megatron_opd.errors import UserError
 
+REQUEUE_EXIT = 75
+"""Exit code of a run that was asked to stop and has saved: the same command goes on. EX_TEMPFAIL of sysexits.h."""
+
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # process id of the launcher, in the environment of its workers
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's elastic agent for every worker
-USER_ERROR = "user_error"  # key of the message in that file
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set for every worker, by torch's elastic agent too
+USER_ERROR, FAILURE = "user_error", "failure"  # keys of the message in that file
 _PR_SET_PDEATHSIG = 1
 
 
 def report_user_error(error: UserError) -> None:
     """Hands `error` to the launcher if there is one, else prints it to stderr as one `error: ...` line."""
-    line = " ".join(str(error).splitlines())
+    _report(" ".join(str(error).splitlines()), USER_ERROR)
+
+
+def report_failure(line: str) -> None:
+    """The same of a reason to end with another exit code than that of a mistake."""
+    _report(line, FAILURE)
+
+
+def _report(line: str, key: str) -> None:
     path = os.environ.get(ERROR_FILE)
     if LAUNCHER in os.environ and path:
-        # `message` is what torch's agent asks for, the other key what our launcher reads.
+        # `message` is what torch's agent asks for, `key` what our launcher reads.
         with contextlib.suppress(OSError):  # a full disk may be the very mistake to report
-            Path(path).write_text(json.dumps({"message": line, USER_ERROR: line}))
+            Path(path).write_text(json.dumps({"message": line, key: line}))
             return
         Path(path).unlink(missing_ok=True)
     rank = os.environ.get("RANK", "0")

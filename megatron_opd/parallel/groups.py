@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_opd.config.layout_checks import segment_alignment
 
 TIMEOUT = timedelta(minutes=30)
-"""Of a collective. A new NCCL group would have 10 minutes, whatever the default group has."""
+"""Of a collective, unless a run says otherwise. A new NCCL group would have 10 minutes, whatever the default has."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ _EXPERT_GROUPS: dict[str, list[str]] = {
 }
 
 
-def _subgroup(rank_lists: list[list[int]]) -> dist.ProcessGroup | None:
+def _subgroup(rank_lists: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:
     """One new group for each list; returns the one this rank is in, None if it is in none. Collective on WORLD."""
     mine = None
     for ranks in rank_lists:
-        group = dist.new_group(ranks, timeout=TIMEOUT)
+        group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             mine = group
     return mine
@@ -102,7 +102,9 @@ def all_ranks(groups: ProcessGroupCollection) -> dist.ProcessGroup:
     return groups.intra_dist_opt
 
 
-def build_groups(layout: ParallelLayout, rank_offset: int = 0) -> ProcessGroupCollection:
+def build_groups(
+    layout: ParallelLayout, rank_offset: int = 0, timeout: timedelta = TIMEOUT
+) -> ProcessGroupCollection:
     """The process groups of a model with this layout. Collective: every rank of WORLD calls it, in the same order."""
     same_layers = layout.tensor * layout.context * layout.data
     assert same_layers % layout.expert == 0, f"{layout}: EP does not divide TP * CP * DP"
@@ -117,15 +119,15 @@ def build_groups(layout: ParallelLayout, rank_offset: int = 0) -> ProcessGroupCo
         rank_offset=rank_offset,
     )
     groups = ProcessGroupCollection(
-        **{name: grid.create_pg(dims, timeout=TIMEOUT) for name, dims in _GROUPS.items()},
-        **{name: experts.create_pg(dims, timeout=TIMEOUT) for name, dims in _EXPERT_GROUPS.items()},
+        **{name: grid.create_pg(dims, timeout=timeout) for name, dims in _GROUPS.items()},
+        **{name: experts.create_pg(dims, timeout=timeout) for name, dims in _EXPERT_GROUPS.items()},
     )
     pipelines = grid.get_rank_enum("pp")
-    groups.embd = _subgroup([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
-    groups.pos_embd = _subgroup([[ranks[0]] for ranks in pipelines])
+    groups.embd = _subgroup([sorted({ranks[0], ranks[-1]}) for ranks in pipelines], timeout)
+    groups.pos_embd = _subgroup([[ranks[0]] for ranks in pipelines], timeout)
     groups.intra_expt_dp = groups.expt_dp
     groups.intra_dp_cp = groups.dp_cp
-    groups.intra_dist_opt = _subgroup([list(range(rank_offset, rank_offset + layout.world_size))])
+    groups.intra_dist_opt = _subgroup([list(range(rank_offset, rank_offset + layout.world_size))], timeout)
     groups.inter_dist_opt = None
     groups.hcp = None
     if (

@@ -8,14 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_opd.data.rollouts import Rollout, write_rollouts
+from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError, why_refused
 from megatron_opd.report.ledger import Ledger
 from megatron_opd.report.metrics import MetricsWriter, read_metrics
 from megatron_opd.report.plot import plot_curve
 from megatron_opd.report.progress import TrainingProgress
+from megatron_opd.report.samples import set_samples_aside, write_samples
 
-SAMPLES = 16  # rollouts kept of each step
 HELDOUT = {
     "eval/reverse_kl": "held-out reverse KL",
     "eval/reverse_kl_sampled": "held-out reverse KL, estimated from sampled tokens",
@@ -38,7 +38,7 @@ class RunLog:
     """Records the steps of a run in its directory. A context manager; on ranks other than 0 it does nothing.
 
     `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it no
-    longer counts: its metrics and ledger are set aside, its samples and those of its evaluations removed. `decode`
+    longer counts: its metrics, ledger and samples are set aside, the samples of its evaluations removed. `decode`
     turns token ids into text.
 
     Every method raises UserError when the disk is full or cannot be written.
@@ -56,9 +56,7 @@ class RunLog:
         with self._writing():
             self._metrics = MetricsWriter(run_dir, start or None)
             self._ledger = Ledger(run_dir, start)
-            for path in (run_dir / "rollouts").glob("step_*.jsonl"):
-                if int(path.stem.removeprefix("step_")) > start:
-                    path.unlink()
+            set_samples_aside(run_dir, start)
             for path in (run_dir / "evaluation").glob("step_*"):
                 if int(path.name.removeprefix("step_")) > start:
                     shutil.rmtree(path)
@@ -94,8 +92,7 @@ class RunLog:
             self._metrics.log(step, values)
             if step > 0:
                 self._ledger.log(step, rollouts)
-                samples = self.run_dir / "rollouts" / f"step_{step:08d}.jsonl"
-                write_rollouts(samples, rollouts[:SAMPLES], decode=self._decode)
+                write_samples(self.run_dir, step, rollouts, decode=self._decode)
         if step > 0:
             self._progress.update(step, values)
         if values.get("skipped"):

@@ -23,6 +23,8 @@ def guard(parent: int, command: list[str]) -> int:
     """Run the command to its end; returns its exit code, 128 + signal when a signal ended it."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become children of this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # For the trainer: a scheduler sends it to all processes of a job. The command inherits that.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         watched = os.pidfd_open(parent)
     except ProcessLookupError:

@@ -26,7 +26,16 @@ from megatron_opd.models.gpt import GPT
 from megatron_opd.objectives.kept_ids import KeptIds
 from megatron_opd.rollout.decoder import StageDecoder
 from megatron_opd.rollout.kv_cache import KVCache
-from megatron_opd.rollout.sampling import NOT_DRAWN, Draws, Sampling, sample_tokens, uniforms
+from megatron_opd.rollout.sampling import (
+    NOT_DRAWN,
+    STOPPED,
+    Draws,
+    Sampling,
+    sample_tokens,
+    stopped_draws,
+    uniforms,
+)
+from megatron_opd.rollout.sharded import RolloutsStopped, never
 
 PROMPT_TOKENS = 8192  # prompt tokens in one pass: bounds the activations, not the cache
 
@@ -70,7 +79,8 @@ class LocalEngine:
     """Draws responses with the weights that `chunks` (this rank's part of the model) have at the time of the call.
 
     Tokens of `arch.vocab_size` and more are never drawn. At most `max_batch` sequences are decoded together (None: all
-    of a call); the cache of keys and values grows with it.
+    of a call); the cache of keys and values grows with it. The rank that draws asks `stopped` before every token: once
+    it says yes, `generate` raises RolloutsStopped.
     """
 
     def __init__(
@@ -80,9 +90,11 @@ class LocalEngine:
         groups: ProcessGroupCollection,
         *,
         max_batch: int | None = None,
+        stopped: Callable[[], bool] = never,
     ) -> None:
         assert max_batch is None or max_batch > 0
         self._chunks, self._arch, self._groups, self._max_batch = chunks, arch, groups, max_batch
+        self._stopped = stopped
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
@@ -90,7 +102,7 @@ class LocalEngine:
 
         Collective over the replica: all its ranks call it with the same arguments and return the same list. With
         expert parallelism it begins with a collective over these ranks, so every replica calls it, even without
-        prompts. Raises UserError, on all ranks of the replica, when the logits are not finite.
+        prompts. Raises UserError, on all ranks of the replica, when the logits are not finite, and RolloutsStopped.
         """
         if not prompts and self._groups.ep.size() == 1:
             return []
@@ -104,7 +116,7 @@ class LocalEngine:
                 _Sequence(prompt, sample, uniforms(sampling.seed, prompt.id, sample, sampling.max_new_tokens))
                 for prompt, sample in keys[start : start + step]
             ]
-            _Generation(decoder, self._arch, self._groups, batch, sampling).run()
+            _Generation(decoder, self._arch, self._groups, batch, sampling, self._stopped).run()
             rollouts += [_to_rollout(sequence, weight_version) for sequence in batch]
         return rollouts
 
@@ -119,9 +131,10 @@ class _Generation:
         groups: ProcessGroupCollection,
         batch: list[_Sequence],
         sampling: Sampling,
+        stopped: Callable[[], bool],
     ) -> None:
         assert all(sequence.prompt.token_ids for sequence in batch), "a prompt has at least one token"
-        self.decoder, self.arch, self.sampling = decoder, arch, sampling
+        self.decoder, self.arch, self.sampling, self.stopped = decoder, arch, sampling, stopped
         self.stages = _Stages(groups, arch.hidden_size, decoder.device)
         self.rows = batch  # the sequence of every row of the cache
         lengths = [len(sequence.prompt.token_ids) for sequence in batch]
@@ -224,7 +237,8 @@ class _Generation:
     def _draw(self, residual_BH: Tensor, position: int) -> list[_Draw]:
         """One token a row, the same on every rank of the replica.
 
-        Only one rank sees all logits, so every rank learns from what it shares that they were not finite.
+        Only one rank sees all logits, so every rank learns from what it shares that they were not finite, and that the
+        run is to stop.
         """
         drawn: Draws | None = None
         logits_BV = None
@@ -233,13 +247,19 @@ class _Generation:
         if logits_BV is not None:
             noise = np.array([sequence.noise[position] for sequence in self.rows])
             uniform_B = torch.from_numpy(noise).to(logits_BV.device)
-            drawn = sample_tokens(logits_BV, uniform_B, self.sampling, self.arch.vocab_size)
+            drawn = (
+                stopped_draws(logits_BV)
+                if self.stopped()
+                else sample_tokens(logits_BV, uniform_B, self.sampling, self.arch.vocab_size)
+            )
         tokens, logprobs, drawn_logprobs = self.stages.share_draws(drawn, len(self.rows)).tolist()
         if tokens[0] == NOT_DRAWN:
             raise UserError(
                 "the student's logits are NaN or infinite: its weights have diverged; remove the newest of run_dir's "
                 "checkpoints, lower optimizer.lr and start again"
             )
+        if tokens[0] == STOPPED:
+            raise RolloutsStopped
         kept_ids: Sequence[Tensor | None] = [None] * len(tokens)
         if self.sampling.cuts and self.sampling.keep_ids:
             kept_ids = self.stages.share_kept(None if drawn is None else drawn.kept, len(tokens))

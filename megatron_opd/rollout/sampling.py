@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_opd.objectives.kept_ids import KeptIds
 
 NOT_DRAWN = -1  # the id of every row when some row's logits are not finite
+STOPPED = -2  # the id of every row when the run is asked to stop: nothing is drawn any more
 BLOCK = 128  # tokens a block of the two-level inverse CDF
 FIRST_CANDIDATES = 1024  # top-p looks at that many of the likeliest tokens before it looks at more
 
@@ -55,6 +56,12 @@ class Draws(NamedTuple):
     logprobs_B: Tensor  # float32, under softmax(logits / temperature) before any cut
     drawn_logprobs_B: Tensor  # float32, under the distribution that was left; without a cut logprobs_B
     kept: KeptIds | None = None  # the ids that were left; None where `Sampling.keep_ids` or a cut is missing
+
+
+def stopped_draws(logits_BV: Tensor) -> Draws:
+    """In the place of tokens: every id is `STOPPED`."""
+    nothing_B = logits_BV.new_zeros(len(logits_BV), dtype=torch.float32)
+    return Draws(torch.full_like(nothing_B, STOPPED, dtype=torch.int64), nothing_B, nothing_B)
 
 
 def uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ and the rest is asked for, with the new weights if these have changed.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,9 @@ from megatron_opd.rollout.client import SGLangClient
 from megatron_opd.rollout.cut_off import joined, weight_spans
 from megatron_opd.rollout.replicas import BadReply, Interrupted, Request
 from megatron_opd.rollout.sampling import Sampling
+from megatron_opd.rollout.sharded import RolloutsStopped, never
 
+STOP_POLL = 0.5  # seconds between two looks whether the run is to stop
 SLACK = 1e-3  # nats: rounding of a server's log-probs
 
 Drawing = Future[list[Rollout]] | None  # responses on their way; None on ranks that ask for none
@@ -45,12 +48,18 @@ class SGLangEngine(SGLangClient):
 
     `vocab_size` ids exist for the model that the servers have: of an id beyond, a server would die. One rank of
     `replica` (None: this process alone) talks to the servers, and hands the others what it got. The weights are the
-    servers': weight_sync gives them new ones.
+    servers': weight_sync gives them new ones. Once `stopped` says yes, `take` and `generate` raise RolloutsStopped.
     """
 
-    def __init__(self, vocab_size: int, replica: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        replica: dist.ProcessGroup | None = None,
+        *,
+        stopped: Callable[[], bool] = never,
+    ) -> None:
         super().__init__()
-        self._vocab_size, self._replica = vocab_size, replica
+        self._vocab_size, self._replica, self._stopped = vocab_size, replica, stopped
         self._draws_ahead = False  # whether servers may be drawing when the weights change
 
     @property
@@ -77,17 +86,25 @@ class SGLangEngine(SGLangClient):
 
     def take(self, drawing: Drawing) -> list[Rollout]:
         """The responses, once all are drawn. Collective like `generate`, and raises what it raises."""
-        outcome: list[list[Rollout] | UserError] = [[]]
+        outcome: list[list[Rollout] | UserError | RolloutsStopped] = [[]]
         if drawing is not None:
             try:
+                self._wait_unless_stopped(drawing)
                 outcome = [self._wait(drawing)]
-            except UserError as error:
+            except (UserError, RolloutsStopped) as error:
                 outcome = [error]
         if self._replica is not None and self._replica.size() > 1:
             dist.broadcast_object_list(outcome, group=self._replica, group_src=0)
-        if isinstance(outcome[0], UserError):
+        if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
+
+    def _wait_unless_stopped(self, drawing: Future[list[Rollout]]) -> None:
+        """Until the responses are there, or there will be none. A request that is given up ends at its server too."""
+        while not futures.wait([drawing], STOP_POLL).done:
+            if self._stopped():
+                drawing.cancel()
+                raise RolloutsStopped
 
     @contextmanager
     def paused(self, *, tell: bool = True) -> Iterator[None]:

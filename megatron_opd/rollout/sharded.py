@@ -14,13 +14,23 @@ from megatron_opd.errors import UserError
 from megatron_opd.rollout.sampling import Sampling
 
 
+class RolloutsStopped(Exception):
+    """The run is asked to stop, and its rollouts are cut off."""
+
+
+def never() -> bool:
+    """Rollouts are drawn to their end."""
+    return False
+
+
 class RolloutEngine(Protocol):
     """What draws responses: `LocalEngine` or `SGLangEngine`."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, weight_version: int) -> list[Rollout]:
         """`sampling.n` responses to each prompt, in prompt order, then sample order, on every rank of a replica.
 
-        Raises UserError, on all ranks of the replica alike, when there is something that the user can mend.
+        Raises UserError, on all ranks of the replica alike, when there is something that the user can mend, and
+        RolloutsStopped when the run is asked to stop.
         """
         ...
 
@@ -52,19 +62,19 @@ def gathered(draw: Callable[[], list[Rollout]], group: dist.ProcessGroup) -> lis
 
     Every rank gets all rollouts so that all pack the same microbatches without asking each other. 1 all-gather of
     token ids and log-probs (a few kilobytes a rollout, and 4 bytes a kept id where these are recorded), none with one
-    replica. What one replica raises as UserError is raised on all.
+    replica. What one replica raises as UserError or RolloutsStopped is raised on all.
     """
-    mine: list[Rollout] | UserError
+    mine: list[Rollout] | UserError | RolloutsStopped
     try:
         mine = draw()
-    except UserError as error:
+    except (UserError, RolloutsStopped) as error:
         mine = error
-    shares: list[list[Rollout] | UserError] = [mine] * group.size()
+    shares: list[list[Rollout] | UserError | RolloutsStopped] = [mine] * group.size()
     if group.size() > 1:
         dist.all_gather_object(shares, mine, group=group)
     rollouts: list[Rollout] = []
     for share in shares:
-        if isinstance(share, UserError):
+        if isinstance(share, Exception):
             raise share
         rollouts += share
     return rollouts

@@ -8,6 +8,7 @@
   `contract`: whether they serve the model that they should.
 - `dealing`: payloads of a teacher with prompts of its own, under context parallelism.
 - `several`: several of those on the student's ranks, one for each microbatch or all mixed.
+- `cached`: any of them behind a `cache`, files of what it has said of whole sequences; `cache_report`: these as text.
 - `teacher`: what all kinds are to the training loop; `payload`: what they hand to the objective; `projection`: how a
   Megatron teacher's is made of hidden states, and read.
 

@@ -42,18 +42,26 @@ def rows_for(
 
     Collectives over the context-parallel group: 2 all-gathers, and 1 a tensor.
     """
-    source_T, target_T = (
-        gather_sequence(each.mask_T.long()[None], each.cu_seqlens, group)[0].bool()
-        for each in (source, target)
-    )
+    target_T = gather_sequence(target.mask_T.long()[None], target.cu_seqlens, group)[0].bool()
     number_T = target_T.long().cumsum(0) - 1
     mine = zigzag_positions(target.cu_seqlens, group.rank(), group.size()).to(number_T.device)
     wanted_n = number_T[mine[target.mask_T]]
+    return [whole[wanted_n] for whole in whole_rows(source, tensors, group)]
+
+
+def whole_rows(share: Microbatch, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Of [n, ...] tensors, one row a loss position of this rank's share of a microbatch, those of the whole [N, ...].
+
+    Collectives over the context-parallel group, if it has several ranks: 1 all-gather, and 1 a tensor.
+    """
+    if group.size() == 1:
+        return list(tensors)
+    mask_T = gather_sequence(share.mask_T.long()[None], share.cu_seqlens, group)[0].bool()
     found = []
     for rows in tensors:
         columns = (rows[:, None] if rows.ndim == 1 else rows.flatten(1)).t()
-        share = columns.new_zeros(len(columns), len(source.mask_T))
-        share[:, source.mask_T] = columns
-        whole_NC = gather_sequence(share, source.cu_seqlens, group)[:, source_T].t()
-        found.append(whole_NC[wanted_n].reshape(len(wanted_n), *rows.shape[1:]))
+        held = columns.new_zeros(len(columns), len(share.mask_T))
+        held[:, share.mask_T] = columns
+        whole_NC = gather_sequence(held, share.cu_seqlens, group)[:, mask_T].t()
+        found.append(whole_NC.reshape(len(whole_NC), *rows.shape[1:]))
     return found

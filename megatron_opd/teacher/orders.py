@@ -34,17 +34,24 @@ class Score:
 
 @dataclass(frozen=True)
 class Save:
-    """Take part in writing the checkpoint of this step."""
+    """Take part in beginning to write the checkpoint of this step."""
 
     step: int
 
 
 @dataclass(frozen=True)
+class Publish:
+    """Take part in completing the checkpoint that is being written."""
+
+
+@dataclass(frozen=True)
 class Stop:
-    """The run is over."""
+    """The run is over, or has been stopped (`early`) before its last step."""
+
+    early: bool = False
 
 
-Order = Score | Save | Stop
+Order = Score | Save | Publish | Stop
 
 
 class Orders:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_opd.objectives import LinearLogits, ServedLogprobs
-from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import Mixture, Part, TeacherPayload
-from megatron_opd.teacher.relaid import RelaidTeacher
 from megatron_opd.teacher.teacher import Asked, Teacher
 
 
@@ -16,7 +14,7 @@ from megatron_opd.teacher.teacher import Asked, Teacher
 class SeveralTeachers(Teacher):
     """Teachers by name, all in one layout. `weights` sum to 1 over them; None: every microbatch has one teacher."""
 
-    teachers: Mapping[str, MegatronTeacher | RelaidTeacher]
+    teachers: Mapping[str, Teacher]
     weights: Mapping[str, float] | None = None
 
     def described(self) -> str:
@@ -56,3 +54,11 @@ class SeveralTeachers(Teacher):
         """What the objective reads of a part of a mixture. Last stage only, no collectives."""
         assert isinstance(payload, Part)
         return self.teachers[payload.teacher].distribution(payload.payload, chunked=chunked)
+
+    def metrics(self) -> dict[str, float]:
+        """Sums of those of all teachers."""
+        found: dict[str, float] = {}
+        for teacher in self.teachers.values():
+            for name, value in teacher.metrics().items():
+                found[name] = found.get(name, 0.0) + value
+        return found

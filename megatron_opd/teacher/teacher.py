@@ -75,5 +75,8 @@ class Teacher(ABC):
     def before_save(self, step: int) -> None:  # noqa: B027
         """The run is about to save `step`."""
 
-    def finish(self) -> None:  # noqa: B027  most kinds have nothing to do
-        """The run is complete."""
+    def before_publish(self) -> None:  # noqa: B027
+        """The run is about to complete that save."""
+
+    def finish(self, *, early: bool = False) -> None:  # noqa: B027  most kinds have nothing to do
+        """The run is complete, or has been stopped (`early`) before its last step."""

@@ -8,6 +8,7 @@
 - `job`: config -> the objects of a run (groups, student, teacher, engine, prompts); `models`: its models;
   `texts`: its tokenizer and prompts; `relay`: the process groups that a teacher in another layout adds.
 - `teacher_process`: what a process does that is only the teacher's.
+- `saving`: the saves of a run, begun after one step and completed after another.
 - `serving`, `teaching`: the SGLang servers of a run, those that draw and those of the teacher.
 
 Only `train` and the command line import from here.

@@ -4,8 +4,9 @@ Configuration and files are checked first, then process groups are made, then we
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_opd.checkpoint.folders import hold
+from megatron_opd.checkpoint.published import Retention
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.config.layout_checks import alignment_of_run
 from megatron_opd.config.schema import Config
@@ -28,12 +30,12 @@ from megatron_opd.models.attention import uses_transformer_engine
 from megatron_opd.models.gpt import DTYPES, GPT
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
-from megatron_opd.parallel.groups import TIMEOUT, ParallelLayout, build_groups
+from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.preflight import Checked, check_before_start, check_offload
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
+from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded, never
 from megatron_opd.rollout.stream import RolloutStream
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import TeacherPayload
@@ -46,6 +48,7 @@ from megatron_opd.training.score import likeliest_ids, sampled_logprobs
 from megatron_opd.training.student import Student, build_student
 from megatron_opd.training.texts import Texts, read_texts
 from megatron_opd.training.update import ObjectivePass, Outcome, Update, UpdateScale
+from megatron_opd.watch.phases import ROLLOUT, Phases
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Job:
     prompts: PromptStream
     rollouts: RolloutStream
     checkpoints: CheckpointStore
+    phases: Phases  # where in a step this rank is
 
     def notes(self, start: int) -> list[str]:
         """What the user should know before the first step, a line each."""
@@ -222,7 +226,7 @@ class Job:
         )
 
 
-def init_distributed() -> torch.device:
+def init_distributed(timeout: timedelta) -> torch.device:
     """Join the processes that the launcher started (or be the only one); returns this rank's device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -231,15 +235,16 @@ def init_distributed() -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
 
 
-def set_up(config: Config) -> Job:
+def set_up(config: Config, stop_requested: Callable[[], bool] = never) -> Job:
     """Check everything that can be checked, then build the models and load their weights.
 
+    Once `stop_requested` says yes, rollouts of a step raise RolloutsStopped; those of an evaluation are finished.
     Raises UserError for anything the user can mend. Collective: every rank calls it.
     """
     check_offload(config)
@@ -250,9 +255,10 @@ def set_up(config: Config) -> Job:
     if os.environ.get("RANK", "0") == "0":
         hold(config.run_dir)
     cpu.install()
-    device = init_distributed()
-    groups = build_groups(layout)
-    chunks, teacher, reference = load_models(config, checked, layout, groups, device, Relay.of(checked))
+    device = init_distributed(config.timeouts.collective)
+    groups = build_groups(layout, timeout=config.timeouts.collective)
+    relay = Relay.of(checked, config.timeouts)
+    chunks, teacher, reference = load_models(config, checked, layout, groups, device, relay)
     student = build_student(
         chunks, config.optimizer, groups, precision=config.precision, steps=config.training.steps
     )
@@ -267,7 +273,10 @@ def set_up(config: Config) -> Job:
         settings.head_chunk,
         config.rollout.mismatch_threshold,
     )
-    engine = rollout_engine(config, checked, texts, chunks, groups)
+    phases = Phases()
+    engine = rollout_engine(
+        config, checked, texts, chunks, groups, lambda: phases.now == ROLLOUT and stop_requested()
+    )
     prompts = PromptStream(texts.training.prompts, seed=config.seed, shuffle=config.data.shuffle)
     return Job(
         config=config,
@@ -294,17 +303,23 @@ def set_up(config: Config) -> Job:
             last=config.training.steps,
         ),
         checkpoints=checkpoint_store(config, checked, texts, groups),
+        phases=phases,
     )
 
 
 def rollout_engine(
-    config: Config, checked: Checked, texts: Texts, chunks: Sequence[GPT], groups: ProcessGroupCollection
+    config: Config,
+    checked: Checked,
+    texts: Texts,
+    chunks: Sequence[GPT],
+    groups: ProcessGroupCollection,
+    stopped: Callable[[], bool],
 ) -> RolloutEngine:
-    """What draws the rollouts. It draws no id that either model lacks."""
+    """What draws the rollouts, until `stopped` says yes. It draws no id that either model lacks."""
     if config.rollout.engine == "sglang":
-        return SGLangEngine(texts.vocab_size, groups.mp)
+        return SGLangEngine(texts.vocab_size, groups.mp, stopped=stopped)
     drawn = replace(checked.student, vocab_size=texts.vocab_size)
-    return LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch)
+    return LocalEngine(chunks, drawn, groups, max_batch=config.rollout.max_batch, stopped=stopped)
 
 
 def average_of(config: Config, teacher: Teacher) -> WeightAverage | None:
@@ -341,7 +356,7 @@ def checkpoint_store(
         )
     return CheckpointStore(
         config.run_dir / "checkpoints",
-        config.checkpoint.keep_last,
+        Retention(config.checkpoint.keep_last, config.checkpoint.keep_every),
         groups,
         config.student.path,
         identity={

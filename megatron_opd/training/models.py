@@ -4,15 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opd.checkpoint.fingerprint import fingerprint
 from megatron_opd.checkpoint.head import load_head
 from megatron_opd.checkpoint.weights import join_load, load_model_weights
 from megatron_opd.config.schema import Config
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
-from megatron_opd.parallel.groups import ParallelLayout
+from megatron_opd.parallel.groups import ParallelLayout, all_ranks
 from megatron_opd.preflight import Checked
+from megatron_opd.teacher.cache import PayloadCache, Source
+from megatron_opd.teacher.cached import CachedTeacher
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.payload import PayloadFormat
 from megatron_opd.teacher.relaid import Reader, RelaidTeacher
@@ -41,18 +45,21 @@ def load_models(
     def load(arch: Architecture, folder: Path, recompute: str = "none") -> list[GPT]:
         return load_gpt(arch, folder, layout, groups, config.precision, padded, device, recompute)
 
-    def load_teacher(config: Config, checked: Checked) -> MegatronTeacher | RelaidTeacher | SeparateTeacher:
-        if relay is not None:
-            return teacher_in_own_layout(config, checked, relay, groups, device)
-        assert checked.teacher is not None
-        chunks = load(checked.teacher, config.teacher.folder)
-        return megatron_teacher(config, checked, chunks, groups)
+    def load_teacher(config: Config, checked: Checked) -> Teacher:
+        teacher: Teacher
+        if checked.teacher is None:
+            teacher = served_teacher(config, checked, groups)
+        elif relay is not None:
+            teacher = teacher_in_own_layout(config, checked, relay, groups, device)
+        else:
+            chunks = load(checked.teacher, config.teacher.folder)
+            teacher = megatron_teacher(config, checked, chunks, groups)
+        if config.teacher.cache is None:
+            return teacher
+        return cached_teacher(config, checked, teacher, layout, groups, device)
 
-    teacher: Teacher
     if checked.teachers:
-        teacher = several_teachers(config, checked, load_teacher)
-    elif checked.teacher is None:
-        teacher = served_teacher(config, checked, groups)
+        teacher: Teacher = several_teachers(config, checked, load_teacher)
     else:
         teacher = load_teacher(config, checked)
     reference = None
@@ -85,14 +92,12 @@ def load_gpt(
 def several_teachers(
     config: Config,
     checked: Checked,
-    load: Callable[[Config, Checked], MegatronTeacher | RelaidTeacher | SeparateTeacher],
+    load: Callable[[Config, Checked], Teacher],
 ) -> SeveralTeachers:
     """The teachers of `teacher.paths`, each as if it was the only one; vocabularies are padded as for all."""
-    teachers = {}
-    for name in config.teacher.paths:
-        teacher = load(config.with_teacher(name), checked.with_teacher(name))
-        assert not isinstance(teacher, SeparateTeacher), "refused at start-up"
-        teachers[name] = teacher
+    teachers = {
+        name: load(config.with_teacher(name), checked.with_teacher(name)) for name in config.teacher.paths
+    }
     given = config.teacher.weights
     total = sum(given.values())
     return SeveralTeachers(teachers, {name: weight / total for name, weight in given.items()} or None)
@@ -194,6 +199,35 @@ def served_teacher(config: Config, checked: Checked, groups: ProcessGroupCollect
     return SGLangTeacher(
         groups,
         vocab_size=checked.served.vocab_size,
-        k=config.objective.k if config.objective.support.startswith("teacher_topk") else 0,
+        k=served_k(config),
         request_tokens=config.teacher.request_tokens,
     )
+
+
+def served_k(config: Config) -> int:
+    """Of how many of its likeliest ids a teacher behind servers gives log-probs."""
+    return config.objective.k if config.objective.support.startswith("teacher_topk") else 0
+
+
+def cached_teacher(
+    config: Config,
+    checked: Checked,
+    teacher: Teacher,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+) -> CachedTeacher:
+    """The same behind the files of `teacher.cache`. Collective over the student's ranks; one reads the weights."""
+    everyone, folder = all_ranks(groups), config.teacher.cache
+    assert folder is not None
+    found = [fingerprint(config.teacher.folder) if everyone.rank() == 0 else ""]
+    dist.broadcast_object_list(found, group=everyone, group_src=0)
+    if checked.teacher is not None:
+        form = payload_format(config, checked.teacher, checked.vocab_size)
+    else:
+        assert checked.served is not None
+        k, vocab = served_k(config), checked.served.vocab_size
+        form = PayloadFormat("topk" if k else "sampled", 0, vocab, DTYPES[config.precision], k=k)
+    source = Source(found[0], config.teacher.engine, form)
+    cache = PayloadCache(folder, source, max_bytes=1e9 * config.teacher.cache_gb, writers=groups.dp.size())
+    return CachedTeacher(teacher, cache, groups, device, multiple=layout.microbatch_multiple)

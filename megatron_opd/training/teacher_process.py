@@ -4,6 +4,7 @@ import os
 
 import torch.distributed as dist
 
+from megatron_opd.checkpoint.published import Retention
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.checkpoint.weights import join_load
 from megatron_opd.config.layout_checks import teacher_processes
@@ -16,6 +17,9 @@ from megatron_opd.training.job import init_distributed
 from megatron_opd.training.models import load_separate
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import join_build
+from megatron_opd.watch.phases import Phases
+from megatron_opd.watch.stopping import Stopping
+from megatron_opd.watch.watchdog import Watchdog
 
 
 def only_teaches(config: Config) -> bool:
@@ -26,25 +30,41 @@ def only_teaches(config: Config) -> bool:
     return rank >= processes - teacher_processes(config) > 0
 
 
-def teach(config: Config) -> None:
-    """Run the teacher's part of the training that `config` describes.
+def teach(config: Config, stopping: Stopping) -> bool:
+    """Run the teacher's part of the training that `config` describes. Returns whether it has come to its last step.
 
     Collective: in step with `train` on the student's ranks, from the process groups to the end. Raises UserError as
-    `set_up`.
+    `set_up`. A signal to this rank is for the student's: these stop the run.
     """
     check_offload(config)
     checked = check_before_start(config, int(os.environ["WORLD_SIZE"]))
     cpu.install()
-    device = init_distributed()
-    groups = build_groups(layout_of(checked.parallel))
-    relay = Relay.of(checked)
+    device = init_distributed(config.timeouts.collective)
+    groups = build_groups(layout_of(checked.parallel), timeout=config.timeouts.collective)
+    relay = Relay.of(checked, config.timeouts)
     assert relay is not None and relay.orders is not None
     model = load_separate(config, checked, relay, device)
     join_build()
     folder = config.run_dir / "checkpoints"
-    store = CheckpointStore(folder, config.checkpoint.keep_last, groups, config.student.path, identity={})
+    retention = Retention(config.checkpoint.keep_last)  # rank 0, which is the student's, heeds its own
+    store = CheckpointStore(folder, retention, groups, config.student.path, identity={})
     newest = store.newest_intact()
     if newest is not None:
         join_load(newest)
-    serve(model, relay.layouts, relay.payload_group, relay.orders, store.join_save, device=device)
+    stopping.begin()
+    phases, limits = Phases(), config.timeouts.limits
+    limits["teacher"] += limits["step"]  # which takes the payloads one by one
+    with Watchdog(phases, limits, config.run_dir):
+        finished = serve(
+            model,
+            relay.layouts,
+            relay.payload_group,
+            relay.orders,
+            store.join_save,
+            store.publish,
+            device=device,
+            phases=phases,
+        )
+    stopping.leave()
     dist.destroy_process_group()
+    return finished

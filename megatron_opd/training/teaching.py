@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_opd.checkpoint.folders import alike
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.rollout.servers import Servers
+from megatron_opd.teacher.cached import CachedTeacher
 from megatron_opd.teacher.contract import check_contract
 from megatron_opd.teacher.sglang import SGLangTeacher
 from megatron_opd.training.job import Job
@@ -26,7 +27,7 @@ def teaching(job: Job, say: Callable[[str], None]) -> Iterator[None]:
     short sequence on the way that the run's take. At the end, and after any error, those that the run has started are
     ended. `say` prints a line. Collective over WORLD; raises UserError on every rank alike.
     """
-    teacher = job.teacher
+    teacher = job.teacher.teacher if isinstance(job.teacher, CachedTeacher) else job.teacher
     if not isinstance(teacher, SGLangTeacher):
         yield
         return
@@ -80,4 +81,4 @@ def check(job: Job, teacher: SGLangTeacher) -> None:
             check_contract(teacher.ask_all, job.served, longest(job))
     ids = job.texts.training.prompts[0].token_ids[: SELF_TEST_TOKENS - 1]
     sample = Rollout("self-test", 0, ids, ids[:1], [0.0], "length", 0)
-    job.teacher_payloads(job.packed([sample] * job.layout.data))
+    replace(job, teacher=teacher).teacher_payloads(job.packed([sample] * job.layout.data))

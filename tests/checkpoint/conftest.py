@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opd.checkpoint.published import Retention
 from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.parallel.groups import ParallelLayout
 from tests.training.tiny_run import build_run, save_pair
@@ -12,8 +13,9 @@ from tests.training.tiny_run import build_run, save_pair
 def _train_and_save(folder: Path) -> Path:
     run = build_run(ParallelLayout(tensor=2), folder)
     run.train(range(1))
-    store = CheckpointStore(folder / "run", 1, run.groups, folder / "student-True", {})
-    return store.save(1, run.student.chunks, run.student.optimizer, {})
+    store = CheckpointStore(folder / "run", Retention(1), run.groups, folder / "student-True", {})
+    store.save(1, run.student.chunks, run.student.optimizer, {})
+    return store.publish()
 
 
 @pytest.fixture(scope="session")

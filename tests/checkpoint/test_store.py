@@ -13,7 +13,8 @@ from megatron.core import dist_checkpointing
 
 from megatron_opd.checkpoint import store as store_module
 from megatron_opd.checkpoint.checksums import first_damaged_file
-from megatron_opd.checkpoint.store import CheckpointStore, published, sharded_state
+from megatron_opd.checkpoint.published import Retention, folder_of_step, published, step_of
+from megatron_opd.checkpoint.store import CheckpointStore, sharded_state
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.models.architecture import read_architecture
@@ -24,11 +25,12 @@ ONE = ParallelLayout()
 
 
 def _store(run: TinyRun, models: Path, folder: Path, seed: str = "0") -> CheckpointStore:
-    return CheckpointStore(folder, 2, run.groups, models / "student-True", {"seed": seed})
+    return CheckpointStore(folder, Retention(2), run.groups, models / "student-True", {"seed": seed})
 
 
 def _save(run: TinyRun, store: CheckpointStore, step: int) -> Path:
-    return store.save(step, run.student.chunks, run.student.optimizer, {"note": "kept"})
+    store.save(step, run.student.chunks, run.student.optimizer, {"note": "kept"})
+    return store.publish()
 
 
 def _save_and_go_on(
@@ -36,8 +38,11 @@ def _save_and_go_on(
 ) -> list[dict[str, float]]:
     run = build_run(layout, models, **options)
     run.train(range(2))
-    _save(run, _store(run, models, folder), 2)
-    return run.train(range(2, 5))
+    store = _store(run, models, folder)
+    store.save(2, run.student.chunks, run.student.optimizer, {"note": "kept"})
+    curve = run.train(range(2, 5))  # while it is written: what is saved is what was
+    store.publish()
+    return curve
 
 
 def _resume(layout: ParallelLayout, models: Path, folder: Path, **options: Any) -> list[dict[str, float]]:
@@ -91,6 +96,15 @@ def _save_steps(models: Path, folder: Path, steps: list[int]) -> str | None:
         _save(run, store, step)
     found = store.newest_intact()
     return None if found is None else found.name
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
+    for step in range(2, 13, 2):
+        folder_of_step(tmp_path, step).mkdir()
+        Retention(keep_last=2, keep_every=4).apply(tmp_path)
+    assert [step_of(path) for path in published(tmp_path)] == [4, 8, 10, 12]
+    Retention(keep_last=1).apply(tmp_path)
+    assert [step_of(path) for path in published(tmp_path)] == [12]
 
 
 def _newest(models: Path, folder: Path) -> str | None:
@@ -163,6 +177,25 @@ def test_a_checkpoint_of_another_run_is_refused(gloo, models, tmp_path):
     gloo(1, _save_and_go_on, ONE, models, tmp_path)
     with pytest.raises(UserError, match="belongs to a run with seed = 0, this one has 1"):
         gloo(1, _resume_with, models, tmp_path, OptimizerConfig(), "1")
+
+
+def test_a_checkpoint_from_before_the_optimizer_was_written_down_is_adams(gloo, models, tmp_path):
+    gloo(1, _save_and_go_on, ONE, models, tmp_path)
+    for name, accepted in (("adam", True), ("sgd", False)):
+        refusal = gloo(1, _load_with_optimizer, models, tmp_path, name)[0]
+        assert (refusal == "") == accepted
+    assert "belongs to a run with optimizer.name = adam, this one has sgd" in refusal
+
+
+def _load_with_optimizer(models: Path, folder: Path, name: str) -> str:
+    run = build_run(ONE, models)
+    store = _store(run, models, folder)
+    store.identity = {"seed": "0", "optimizer.name": name}
+    try:
+        store.load(published(folder)[-1], run.student.chunks, run.student.optimizer)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("saved", [True, False])

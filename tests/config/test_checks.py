@@ -104,6 +104,22 @@ def test_tensor_parallelism_cuts_the_feed_forward_part_of_dense_models_only() ->
         check_layout(halved, odd, Sizes(), 2)
 
 
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (
+            {"save_every": 20, "keep_every": 30},
+            r"30 is no multiple of checkpoint\.save_every, .* every 20 steps: ",
+        ),
+        ({"save_every": 0, "keep_every": 30}, r"30 is no multiple .* only the last step is saved: "),
+    ],
+)
+def test_checkpoints_kept_for_good_are_saved_at_all(section: dict[str, int], expected: str) -> None:
+    check_fields(config(checkpoint={"save_every": 20, "keep_every": 40}))
+    with pytest.raises(UserError, match=rf"^checkpoint\.keep_every: {expected}change one of them, or set"):
+        check_fields(config(checkpoint=section))
+
+
 def test_a_balancing_loss_needs_experts_in_the_student() -> None:
     balanced = config(training={"moe_aux_loss": 0.01})
     check_layout(balanced, EXPERTS, Sizes(), 1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -91,6 +92,15 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     run(tmp_path, [2], resume_step=1)
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
     assert not (tmp_path / "metrics.discarded.jsonl").exists()
+
+
+def test_tensorboard_cut_short_by_a_kill_goes_on(tmp_path):
+    run(tmp_path, range(4))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    os.truncate(events, events.stat().st_size - 9)  # in the middle of a record
+    run(tmp_path, range(2, 5), resume_step=1, offset=0.25)
+    assert board(tmp_path, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.25), (3, 3.25), (4, 4.25)]
+    assert events.exists(), "the old tail is kept"
 
 
 def test_no_metrics_yet(tmp_path):

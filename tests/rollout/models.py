@@ -18,7 +18,7 @@ from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling, uniforms
-from megatron_opd.rollout.sharded import generate_sharded
+from megatron_opd.rollout.sharded import RolloutsStopped, generate_sharded
 
 LENGTHS = (5, 9, 1, 7)
 PROMPTS = [
@@ -96,6 +96,22 @@ def error_of_diverged(folder: Path, sampling: Sampling, layout: ParallelLayout) 
     with pytest.raises(UserError) as caught:
         LocalEngine(chunks, arch, groups).generate(PROMPTS, sampling, 3)
     return str(caught.value)
+
+
+def stopped_on_the_last_rank(folder: Path, sampling: Sampling, layout: ParallelLayout) -> int:
+    """How often this rank was asked, when the last rank of the layout is told to stop at the fourth token."""
+    chunks, arch, groups = load(folder, layout)
+    asked = 0
+
+    def stopped() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 3 and groups.dp_cp.rank() == groups.dp_cp.size() - 1
+
+    engine = LocalEngine(chunks, arch, groups, stopped=stopped)
+    with pytest.raises(RolloutsStopped):
+        generate_sharded(engine, PROMPTS, sampling, weight_version=3, group=groups.dp_cp)
+    return asked
 
 
 def generate_twice(folder: Path, sampling: Sampling) -> tuple[list[Rollout], list[Rollout], bool]:

@@ -9,7 +9,13 @@ from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.rollout.sampling import Sampling
 from tests.checkpoint.models import write_hf
 from tests.gloo_pool import GlooPools
-from tests.rollout.models import PROMPTS, error_of_diverged, generate, generate_cut_as_training
+from tests.rollout.models import (
+    PROMPTS,
+    error_of_diverged,
+    generate,
+    generate_cut_as_training,
+    stopped_on_the_last_rank,
+)
 from tests.rollout.test_local import assert_same
 
 LAYOUTS = [
@@ -39,6 +45,14 @@ def test_every_layout_draws_the_same(
         results = gloo(layout.world_size, generate, folder, sampling, PROMPTS, layout)
         assert_same(results[0], expected)
         assert all(result == results[0] for result in results)
+
+
+def test_a_stopped_replica_stops_all(gloo: GlooPools, tmp_path: Path) -> None:
+    """One of two replicas of two ranks each: its ranks stop at once, the other's after its responses."""
+    folder = write_hf(tmp_path, "qwen3", tied=True)
+    layout = ParallelLayout(tensor=2, data=2)
+    asked = gloo(4, stopped_on_the_last_rank, folder, SAMPLING, layout)
+    assert asked == [SAMPLING.max_new_tokens, 0, 4, 0]
 
 
 EXPERT_LAYOUTS = [

@@ -22,6 +22,7 @@ from megatron_opd.rollout import replicas
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.servers import Servers
 from megatron_opd.rollout.sglang import SGLangEngine
+from megatron_opd.rollout.sharded import RolloutsStopped
 from megatron_opd.rollout.stream import RolloutStream
 from tests.gloo_pool import GlooPools
 from tests.rollout import test_sglang_replies as replies
@@ -76,6 +77,27 @@ def test_aborts_without_end_are_an_error_and_no_storm(monkeypatch: pytest.Monkey
             engine.generate(PROMPTS[:1], replace(SAMPLING, n=1), 0)
     engine.close()
     assert 5 < len(asked) < 12
+
+
+def test_a_run_that_is_to_stop_gives_its_requests_up() -> None:
+    """The server never answers."""
+    answering = threading.Event()
+    engine = SGLangEngine(VOCAB, stopped=answering.is_set)
+
+    def reply(method: str, path: str, sent: bytes) -> Reply:
+        if method == "POST":
+            answering.set()
+            released.wait()
+        return 503, b""
+
+    released = threading.Event()
+    with server(reply) as (url, asked):
+        engine.connect([url])
+        with pytest.raises(RolloutsStopped):
+            engine.generate(PROMPTS[:1], replace(SAMPLING, n=1), 0)
+        engine.close()
+        released.set()
+    assert asked == ["/generate"]
 
 
 def test_pauses_of_this_run_may_cut_off_a_request_without_end() -> None:

@@ -16,8 +16,9 @@ from megatron_opd.checkpoint.inspection import describe_folder
 from megatron_opd.errors import UserError
 from megatron_opd.models.gpt import GPT
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.train import evaluate, resume, save, train_step
+from megatron_opd.train import evaluate, resume, train_step
 from megatron_opd.training.job import Job
+from megatron_opd.training.saving import Saves
 from tests.checkpoint.models import write_hf
 from tests.data.tiny_tokenizer import save_tokenizer, write_prompts
 from tests.gloo_pool import GlooPools
@@ -149,11 +150,12 @@ def row(job: Job, step: int) -> dict[str, float]:
 
 def whole(inputs: Path, run_dir: Path, **changes: Any) -> list[dict[str, float]]:
     job = build(inputs, run_dir, training__steps=4, **EMA, **changes)
-    rows = []
+    saves, rows = Saves(job), []
     for step in range(1, 5):
         rows.append(row(job, step))
         if step == 2:
-            save(job, step)
+            saves.begin(step)
+    saves.finish()
     return rows
 
 
@@ -195,4 +197,6 @@ def test_a_checkpoint_says_whether_it_has_a_teacher(gloo: GlooPools, inputs: Pat
 
 
 def plain(inputs: Path, run_dir: Path) -> None:
-    save(build(inputs, run_dir), 2)
+    saves = Saves(build(inputs, run_dir))
+    saves.begin(2)
+    saves.finish()

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_opd.checkpoint.store import CheckpointStore, published
+from megatron_opd.checkpoint.published import Retention, published
+from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.parallel.groups import ParallelLayout
@@ -46,15 +47,16 @@ def test_a_rank_without_any_response_token(gloo, models, layout, head_chunk):
 def _save_after_2(layout: ParallelLayout, models: Path, folder: Path) -> list[dict[str, float]]:
     run = build_run(layout, models)
     run.train(range(2))
-    store = CheckpointStore(folder, 1, run.groups, models / "student-True", {})
+    store = CheckpointStore(folder, Retention(1), run.groups, models / "student-True", {})
     store.save(2, run.student.chunks, run.student.optimizer, {})
+    store.publish()
     return run.train(range(2, 4))
 
 
 def _resume(layout: ParallelLayout, models: Path, folder: Path) -> list[dict[str, float]]:
     distributed = SCHEDULED.model_copy(update={"distributed": True})
     run = build_run(layout, models, optimizer=distributed)
-    store = CheckpointStore(folder, 1, run.groups, models / "student-True", {})
+    store = CheckpointStore(folder, Retention(1), run.groups, models / "student-True", {})
     store.load(published(folder)[-1], run.student.chunks, run.student.optimizer)
     run.student.continue_after(2)
     return run.train(range(2, 4))

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_opd.checkpoint.store import CheckpointStore, published
+from megatron_opd.checkpoint.published import Retention, published
+from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.parallel.groups import ParallelLayout
 from tests.checkpoint.models import write_hf
@@ -29,8 +30,9 @@ def _save_after_2(
 ) -> list[dict[str, float]]:
     run = build_run(layout, models, student_name="student", optimizer=optimizer)
     run.train(range(2))
-    store = CheckpointStore(folder, 1, run.groups, models / "student", {})
+    store = CheckpointStore(folder, Retention(1), run.groups, models / "student", {})
     store.save(2, run.student.chunks, run.student.optimizer, {})
+    store.publish()
     return run.train(range(2, 4))
 
 
@@ -38,7 +40,7 @@ def _resume(
     layout: ParallelLayout, models: Path, folder: Path, optimizer: OptimizerConfig
 ) -> list[dict[str, float]]:
     run = build_run(layout, models, student_name="student", optimizer=optimizer)
-    store = CheckpointStore(folder, 1, run.groups, models / "student", {})
+    store = CheckpointStore(folder, Retention(1), run.groups, models / "student", {})
     store.load(published(folder)[-1], run.student.chunks, run.student.optimizer)
     run.student.continue_after(2)
     return run.train(range(2, 4))

@@ -25,6 +25,7 @@ from megatron_opd.training.models import load_models, load_separate
 from megatron_opd.training.relay import Relay, layout_of
 from megatron_opd.training.student import build_student, join_build
 from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
+from megatron_opd.watch.phases import Phases
 from tests.checkpoint.models import write_hf
 from tests.gloo_pool import GlooPools
 from tests.tiny import recorded_rollouts, save_tiny_model
@@ -102,12 +103,21 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
     layout = layout_of(checked.parallel)
     groups = build_groups(layout)
     device = torch.device("cpu")
-    relay = Relay.of(checked)
+    relay = Relay.of(checked, config.timeouts)
     if relay is not None and relay.separate and dist.get_rank() >= relay.layouts.first:
         model = load_separate(config, checked, relay, device)
         join_build()
         assert relay.orders is not None
-        serve(model, relay.layouts, relay.payload_group, relay.orders, lambda step: None, device=device)
+        serve(
+            model,
+            relay.layouts,
+            relay.payload_group,
+            relay.orders,
+            lambda step: None,
+            lambda: None,
+            device=device,
+            phases=Phases(),
+        )
         return None
     chunks, teacher, _ = load_models(config, checked, layout, groups, device, relay)
     settings = OptimizerConfig(

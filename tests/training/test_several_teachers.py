@@ -102,7 +102,9 @@ def observe(case: Case, folder: Path, rollouts: Sequence[Rollout]) -> Found:
     layout = layout_of(checked.parallel)
     groups = build_groups(layout)
     device = torch.device("cpu")
-    chunks, teacher, _ = load_models(config, checked, layout, groups, device, Relay.of(checked))
+    chunks, teacher, _ = load_models(
+        config, checked, layout, groups, device, Relay.of(checked, config.timeouts)
+    )
     student = build_student(chunks, OptimizerConfig(distributed=False), groups, precision="fp32", steps=1)
     run = ObjectivePass(
         chunks[-1], teacher, checked.objective, checked.vocab_size, groups, head_chunk=case.head_chunk

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_opd.checkpoint.store import CheckpointStore, published
+from megatron_opd.checkpoint.published import Retention, published
+from megatron_opd.checkpoint.store import CheckpointStore
 from megatron_opd.config.schema import OptimizerConfig
 from megatron_opd.parallel.groups import ParallelLayout
 from tests.training.tiny_run import assert_close, build_run
@@ -45,14 +46,15 @@ def test_sgd_takes_rate_times_gradient_and_decay(gloo, models):
 def _save_after_2(models: Path, folder: Path, precision: str) -> list[dict[str, float]]:
     run = build_run(DP2, models, optimizer=SGD, precision=precision)
     run.train(range(2))
-    store = CheckpointStore(folder, 1, run.groups, models / "student-True", {})
+    store = CheckpointStore(folder, Retention(1), run.groups, models / "student-True", {})
     store.save(2, run.student.chunks, run.student.optimizer, {})
+    store.publish()
     return run.train(range(2, 4))
 
 
 def _resume(layout: ParallelLayout, models: Path, folder: Path, precision: str) -> list[dict[str, float]]:
     run = build_run(layout, models, optimizer=SGD, precision=precision)
-    store = CheckpointStore(folder, 1, run.groups, models / "student-True", {})
+    store = CheckpointStore(folder, Retention(1), run.groups, models / "student-True", {})
     store.load(published(folder)[-1], run.student.chunks, run.student.optimizer)
     run.student.continue_after(2)
     return run.train(range(2, 4))
