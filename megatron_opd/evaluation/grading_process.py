@@ -73,15 +73,17 @@ def limited(seconds: int) -> Iterator[None]:
     def give_up(number: int, frame: FrameType | None) -> None:
         raise GivenUp
 
-    signal.signal(signal.SIGPROF, give_up)
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + seconds + LAST_CPU_SECONDS, hard))
+    before = resource.getrlimit(resource.RLIMIT_CPU)
+    handler = signal.signal(signal.SIGPROF, give_up)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + seconds + LAST_CPU_SECONDS, before[1]))
     signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+        resource.setrlimit(resource.RLIMIT_CPU, before)
 
 
 def _graded(request: dict[str, Any]) -> float:

@@ -1,5 +1,7 @@
 r"""Answers found in responses, and judged: right and wrong pairs, and what would hang or crash a grader."""
 
+import resource
+
 import pytest
 
 from megatron_opd.errors import UserError
@@ -137,10 +139,12 @@ def test_a_grader_that_does_not_start_says_why(monkeypatch):
 
 
 def test_the_limit_of_one_judgement_holds():
-    """In this process: what cannot be told from outside."""
+    """In this process: what cannot be told from outside. Afterwards there is none."""
+    before = resource.getrlimit(resource.RLIMIT_CPU)
     with pytest.raises(grading_process.GivenUp), grading_process.limited(1):
         while True:
             pass
+    assert resource.getrlimit(resource.RLIMIT_CPU) == before
 
 
 def test_reasoning_gym_makes_and_scores_its_problems(grader):
