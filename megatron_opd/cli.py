@@ -9,11 +9,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from megatron_opd.cli_convert import convert
+from megatron_opd.cli_evaluate import evaluate
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
 from megatron_opd.cli_slurm import slurm
 from megatron_opd.cli_teacher_cache import teacher_cache
@@ -37,6 +39,7 @@ app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
 launch.command()(slurm)
+app.command()(evaluate)
 app.command()(teacher_cache)
 
 
@@ -120,11 +123,22 @@ def serve(
 
 
 @app.command()
-def doctor() -> None:
-    """Check what this machine has, and whether it can train. Exit code 1 when it cannot."""
-    from megatron_opd.launch.doctor import report
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="YAML file of a run to look for.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check what this machine has, and whether it can train. Exit code 1 when it cannot.
 
-    raise typer.Exit(report())
+    With CONFIG also whether that run could start: layout, disk of run_dir, ports, servers. Started as ranks, by srun
+    say, it checks all their machines, what they share and the connections between them; rank 0 prints.
+    """
+    from megatron_opd.config.load import load_config
+    from megatron_opd.launch.doctor import examine
+
+    raise typer.Exit(examine(load_config(config, overrides or []) if config is not None else None))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -82,6 +82,7 @@ def check_before_start(config: Config, world_size: int, *, elsewhere: bool = Fal
     for key, path in (
         ("data.prompts", config.data.prompts),
         ("evaluation.prompts", config.evaluation.prompts),
+        *((f"evaluation.tasks.{name}.path", task.path) for name, task in config.evaluation.tasks.items()),
     ):
         if path is not None and not path.exists():
             raise UserError(f"{key}: {path} does not exist")

@@ -16,6 +16,8 @@ import torch
 from megatron_opd.config.schema import Config
 from megatron_opd.data.tokenizer import load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
+from megatron_opd.evaluation.standalone import EvaluatedTexts
+from megatron_opd.evaluation.tasks import read_tasks
 from megatron_opd.models.architecture import read_served
 from megatron_opd.rollout.server_start import ServerSettings
 from megatron_opd.rollout.servers import LOOPBACK, Servers
@@ -71,9 +73,11 @@ def machine_settings(config: Config, role: str) -> ServerSettings:
             f"{role}.sglang.python: set it, and {role}.engine to sglang: nothing to start servers with"
         )
     if role == "rollout":
-        vocab_size = read_served(config.student.path).vocab_size
-        ends = stop_ids(config.student.path, load_tokenizer(config.student.path))
-        settings = rollout_server_settings(config, ends, vocab_size)
+        path, served = config.student.path, read_served(config.student.path)
+        tokenizer = load_tokenizer(path)
+        tasks = read_tasks(config, tokenizer, served.max_positions)
+        texts = EvaluatedTexts(tokenizer, served.vocab_size, stop_ids(path, tokenizer), tasks)
+        settings = rollout_server_settings(config, texts)
     else:
         settings = teacher_server_settings(config)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
