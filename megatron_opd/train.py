@@ -14,6 +14,7 @@ from megatron_opd.config.load import changed_keys, load_config, save_resolved
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
+from megatron_opd.evaluation.evaluate import metrics_of
 from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.report.positions import Diagnostics
 from megatron_opd.report.run_log import RunLog
@@ -24,6 +25,7 @@ from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
 from megatron_opd.training.saving import Saves, moving_teacher
 from megatron_opd.training.serving import Publish, drawn, serving, unserved
+from megatron_opd.training.task_scores import task_scores
 from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import diagnostics_of, means_over_tokens
@@ -64,7 +66,7 @@ def learn(config: Config, stopping: Stopping) -> bool:
         if start < steps:
             with job.phases(SYNC):
                 publish(start)
-        if start == 0 and job.texts.heldout:
+        if start == 0 and job.texts.evaluated:
             log.record(0, evaluate(job, 0, publish))
         stopping.begin()
         done = take_steps(job, start, log, publish, saves, stopping)
@@ -94,10 +96,10 @@ def take_steps(job: Job, start: int, log: RunLog, publish: Publish, saves: Saves
             metrics, rollouts, diagnostics = train_step(job, step, publish)
         except RolloutsStopped:
             continue
-        drawing = step < steps or job.texts.heldout  # with the weights of this step
+        drawing = step < steps or job.texts.evaluated  # with the weights of this step
         with job.phases(SYNC):
             metrics["sync_seconds"] = publish(step) if drawing else 0.0
-        if job.texts.heldout and due(step, config.evaluation.every, steps):
+        if job.texts.evaluated and due(step, config.evaluation.every, steps):
             metrics |= evaluate(job, step, publish)
         metrics["save_seconds"] = saves.take_seconds()
         log.record(step, metrics, rollouts, diagnostics)
@@ -164,20 +166,29 @@ def train_step(
 
 
 def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
+    """What `evaluation` asks for: held-out reverse KL, and the scores of tasks, which rank 0 alone returns."""
+    metrics: dict[str, float] = {}
+    with job.phases(EVALUATION):
+        if job.texts.heldout:
+            metrics |= evaluate_heldout(job, step, publish)
+        if job.texts.tasks:
+            metrics |= metrics_of(task_scores(job, step, publish))
+    return metrics | {"eval/seconds": job.phases.seconds[EVALUATION]}
+
+
+def evaluate_heldout(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
     """Held-out reverse KL in nats per token, on the student's own rollouts from the held-out prompts.
 
     With a teacher behind servers it is an estimate, see `Job.heldout_reverse_kl`.
     """
     seed = job.config.seed + HELDOUT_SEED_OFFSET
-    with job.phases(EVALUATION):
-        rollouts = drawn(
-            lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
-        )
-        means, tokens = job.heldout_reverse_kl(rollouts)
+    rollouts = drawn(
+        lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
+    )
+    means, tokens = job.heldout_reverse_kl(rollouts)
     return {
         **{f"eval/{name}": value for name, value in means.items()},
         "eval/response_tokens": tokens / len(rollouts),
-        "eval/seconds": job.phases.seconds[EVALUATION],
     }
 
 

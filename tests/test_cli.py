@@ -235,7 +235,7 @@ def test_launch_hands_on_the_mistake_of_its_ranks(
             "launch local x --nprocs 2",
             "no such option: --nprocs; did you mean --nproc? (see megatron-opd launch",
         ),
-        ("doctor now", "got unexpected extra argument(s) (now) (see megatron-opd doctor --help)"),
+        ("doctor now", "cannot read the config file now: No such file or directory"),
         (
             "convert hf-to-megatron a",
             "missing argument 'DST' (see megatron-opd convert hf-to-megatron --help)",
@@ -336,7 +336,7 @@ def test_convert_dry_run_prints_the_plan_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["launch", "local"], ["convert", "hf-to-megatron"], ["doctor"]]
+    "command", [[], ["train"], ["launch", "local"], ["convert", "hf-to-megatron"], ["doctor"], ["evaluate"]]
 )
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     code = (

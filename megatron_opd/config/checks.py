@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from megatron_opd.config.evaluation import check_tasks
 from megatron_opd.config.layout_checks import (
     ModelSizes,
     ServedSizes,
@@ -32,10 +33,7 @@ def check_fields(config: Config) -> None:
     check_order("parallel", config.parallel)
     if config.teacher.parallel is not None:
         check_order("teacher.parallel", config.teacher.parallel)
-    if config.evaluation.every and config.evaluation.prompts is None:
-        raise UserError(
-            "evaluation.every: there is nothing to evaluate on: give evaluation.prompts, or set it to 0"
-        )
+    check_tasks(config.evaluation)
     batch = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     if training.updates_per_rollout > batch:
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_opd.config.names import all_keys, did_you_mean, sections
+from megatron_opd.config.names import all_keys, did_you_mean, section_at
 from megatron_opd.config.schema import Config
 
 _EXPECTED = {  # pydantic's error type -> what the key takes
@@ -42,7 +42,7 @@ def first_mistake(error: ValidationError, path: Path, overrides: Sequence[str]) 
 def _describe(key: str, entry: Any, source: str) -> str:
     kind, context, value = entry["type"], entry.get("ctx", {}), entry["input"]
     if kind in ("extra_forbidden", "invalid_key"):
-        return f"unknown key '{key}' in {source}{did_you_mean(key, all_keys()) or _keys_beside(key)}"
+        return f"unknown key '{key}' in {source}{did_you_mean(key, _known(key)) or _keys_beside(key)}"
     if kind == "missing":
         return f"missing key '{key}' in {source}: set it there, or give {key}=... on the command line"
     if kind in _RANGES:
@@ -51,7 +51,7 @@ def _describe(key: str, entry: Any, source: str) -> str:
     if kind == "literal_error":
         return f"{key}: expected {context['expected']}, got {_shown(value)} ({source})"
     if kind in ("model_type", "model_attributes_type"):
-        keys = ", ".join(dict(sections())[key].model_fields)
+        keys = ", ".join((section_at(key) or Config).model_fields)
         return f"{key}: expected a section with the keys {keys}, got {_shown(value)} ({source})"
     if kind in _EXPECTED:
         return f"{key}: expected {_EXPECTED[kind]}, got {_shown(value)} ({source})"
@@ -65,9 +65,16 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _known(key: str) -> list[str]:
+    """The keys that a misspelt one may stand for, those of an entry of a table among them."""
+    section = key.rpartition(".")[0]
+    model = section_at(section) if section else None
+    return [*all_keys(), *(f"{section}.{name}" for name in (model.model_fields if model is not None else ()))]
+
+
 def _keys_beside(key: str) -> str:
     section = key.rpartition(".")[0]
-    model = dict(sections()).get(section, Config)
+    model = section_at(section) or Config
     where = f"section '{section}'" if section else "the top level"
     return f": {where} has the keys {', '.join(model.model_fields)}"
 

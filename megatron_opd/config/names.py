@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -18,9 +18,28 @@ def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
 
 
 def _section_of(annotation: Any) -> list[type[BaseModel]]:
-    """The model behind `Section` or `Section | None`; nothing for a key that is not a section."""
+    """The model behind `Section` or `Section | None`; nothing for a key that is not a section, a table of them say."""
+    if get_origin(annotation) is dict:
+        return []
     choices = (annotation, *get_args(annotation))
     return [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
+
+
+def section_at(name: str) -> type[BaseModel] | None:
+    """The section of a dotted name, which may be an entry of a table of sections; None where there is none."""
+    model: Any = Config
+    for part in name.split(".") if name else ():
+        if get_origin(model) is dict:
+            model = get_args(model)[1]
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            return None
+        model = next(iter(_section_of(field.annotation)), field.annotation)
+        if not (_section_of(model) or get_origin(model) is dict):
+            return None
+    found: list[type[BaseModel]] = _section_of(model)
+    return found[0] if found else None
 
 
 def all_keys() -> list[str]:

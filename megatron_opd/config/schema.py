@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from megatron_opd.config.evaluation import EvaluationConfig
 from megatron_opd.config.objective import ObjectiveConfig
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.section import Count, LocalPath, Name, PositiveInt, PositiveWeight, Section
@@ -257,19 +258,6 @@ class TrainingConfig(Section):
     )
 
 
-class EvaluationConfig(Section):
-    """Held-out reverse KL on the student's own rollouts, before the first step and after the last."""
-
-    prompts: LocalPath | None = Field(
-        None,
-        description="Held-out prompts, a file or directory like `data.prompts`. null: no evaluation.",
-    )
-    every: Count = Field(
-        0, description="Also evaluate every so many steps. 0: only before the first and after the last."
-    )
-    max_prompts: PositiveInt = Field(128, description="Prompts used: the first of the file.")
-
-
 class CheckpointConfig(Section):
     """What is saved, and when."""
 
@@ -301,7 +289,7 @@ class TimeoutsConfig(Section):
     )
     step: Seconds = Field(3600.0, description="The updates of a step; a separate teacher is waited for here.")
     sync: Seconds = Field(1800.0, description="New weights for servers, whose start the first one includes.")
-    evaluation: Seconds = Field(7200.0, description="Held-out rollouts and their reverse KL.")
+    evaluation: Seconds = Field(7200.0, description="Held-out rollouts and their reverse KL, and tasks.")
     save: Seconds = Field(3600.0, description="A checkpoint, and the export of the last one.")
 
     @property

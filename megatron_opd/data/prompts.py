@@ -170,16 +170,17 @@ def _rendered(
     """The user's text, the token ids, and those of the teacher's own prompt (none without) of every line."""
     named = template_fields(teacher.template) if teacher else []
     lines = read_rows(path, field, [name for name in named if name != field])
-    rows = [_messages(line[field], place, system_prompt) for place, line in lines]
+    rows = [chat_messages(line[field], place, system_prompt) for place, line in lines]
     texts = [_user_text(messages) for messages in rows]
-    token_ids = _tokenise(rows, tokenizer, path)
+    token_ids = tokenise(rows, tokenizer, path)
     if teacher is None:
         return [(text, ids, []) for text, ids in zip(texts, token_ids, strict=True)]
     filled = [teacher.messages(row, line, field) for row, (_, line) in zip(rows, lines, strict=True)]
-    return list(zip(texts, token_ids, _tokenise(filled, tokenizer, path), strict=True))
+    return list(zip(texts, token_ids, tokenise(filled, tokenizer, path), strict=True))
 
 
-def _messages(value: str | list[Any], place: str, system_prompt: str | None) -> list[Message]:
+def chat_messages(value: str | list[Any], place: str, system_prompt: str | None) -> list[Message]:
+    """A prompt as chat messages, the system prompt first; `place` is where it came from. Raises UserError."""
     if isinstance(value, str):
         messages = [{"role": "user", "content": value}]
     else:
@@ -201,8 +202,13 @@ def _user_text(messages: list[Message]) -> str:
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
 
 
-def _tokenise(rows: list[list[Message]], tokenizer: PreTrainedTokenizerBase, path: Path) -> list[list[int]]:
-    """One fast batch. A chat template writes its own special tokens; plain text gets the tokenizer's."""
+def tokenise(
+    rows: list[list[Message]], tokenizer: PreTrainedTokenizerBase, path: Path | str
+) -> list[list[int]]:
+    """One fast batch. A chat template writes its own special tokens; plain text gets the tokenizer's.
+
+    Raises UserError, about `path`, for a prompt that the template refuses.
+    """
     if not tokenizer.chat_template:
         plain = ["\n\n".join(message["content"] for message in messages) for messages in rows]
         return [list(ids) for ids in tokenizer(plain)["input_ids"]]

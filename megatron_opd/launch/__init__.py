@@ -2,9 +2,12 @@
 
 - `local`: starts and watches the processes of one machine.
 - `worker`: what a started process owes the one that started it.
-- `allreduce`: a worker that checks that the processes reach each other.
-- `doctor`: what this machine has, and whether it can train.
+- `check`: a line of `doctor`'s report.
+- `connections`: whether ranks reach each other, and how fast.
+- `started`: ranks that something else has started meet.
+- `surroundings`: disk, servers and layout of a configuration.
+- `doctor`: what machines have, and whether they can train.
 
-Imports torch, `errors` and, for the version of megatron-core that was checked, `parallel.cpu`; never `config`, the
-models or the training step.
+What starts processes imports torch and `errors` only; `doctor` and `surroundings` read a configuration, and ask the
+checks of `preflight`, `rollout` and `teacher`. Nothing here imports the training step.
 """

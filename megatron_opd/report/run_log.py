@@ -1,5 +1,6 @@
 """What a run tells the user while it goes and when it ends: rank 0's bar, metrics, samples, curve and summary."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,11 +25,24 @@ HELDOUT = {
 }
 
 
+def task_lines(values: Mapping[str, float]) -> list[str]:
+    """A line on every task whose scores are among the metrics."""
+    lines: dict[str, str] = {}
+    for name, value in values.items():
+        found = re.fullmatch(r"eval/(.+)/((?:avg|pass|maj)@\d+)", name)
+        if found:
+            low, high = values[f"{name}_low"], values[f"{name}_high"]
+            said = f"{found[2]} {value:.1%} [{low:.1%}, {high:.1%}]"
+            lines[found[1]] = f"{lines[found[1]]}, {said}" if found[1] in lines else f"{found[1]} {said}"
+    return list(lines.values())
+
+
 class RunLog:
     """Records the steps of a run in its directory. A context manager; on ranks other than 0 it does nothing.
 
     `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it no
-    longer counts: its metrics, ledger, positions and samples are set aside. `decode` turns token ids into text.
+    longer counts: its metrics, ledger, positions and samples are set aside, the samples of its evaluations removed.
+    `decode` turns token ids into text.
 
     Every method raises UserError when the disk is full or cannot be written.
     """
@@ -47,6 +61,9 @@ class RunLog:
             self._ledger = Ledger(run_dir, start)
             self._positions = StepLines(run_dir / POSITIONS_FILE, start)
             set_samples_aside(run_dir, start)
+            for path in (run_dir / "evaluation").glob("step_*"):
+                if int(path.name.removeprefix("step_")) > start:
+                    shutil.rmtree(path)
 
     def __enter__(self) -> Self:
         if self.enabled:
@@ -97,6 +114,8 @@ class RunLog:
         for name, what in HELDOUT.items():
             if name in values:
                 self.say(f"step {step}: {what} {values[name]:.4f} nats/token")
+        for line in task_lines(values):
+            self.say(f"step {step}: {line}")
 
     def summarise(self, *, checkpoint: Path, export: Path | None) -> None:
         """Draw the curve, write the report and print what the run achieved and where its outputs are."""

@@ -41,6 +41,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     n: int = 1  # samples a prompt
     keep_ids: bool = False  # record which ids the cut left, where there is one
+    tells_cut: bool = True  # whether log-probs after a cut are wanted; servers have to be started for that
 
     @property
     def cuts(self) -> bool:

@@ -150,12 +150,12 @@ def request_body(prompt: Prompt, sample: int, sampling: Sampling, vocab_size: in
     return {
         "input_ids": list(ids),
         "return_logprob": True,
-        "return_sampling_mask": sampling.cuts,
+        "return_sampling_mask": sampling.cuts and sampling.tells_cut,
         "sampling_params": {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             # The mask of what was kept is given for a finite top_k only.
-            "top_k": sampling.top_k or (vocab_size if sampling.cuts else -1),
+            "top_k": sampling.top_k or (vocab_size if sampling.cuts and sampling.tells_cut else -1),
             "max_new_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.stop_ids),
             "ignore_eos": not sampling.stop_ids,  # of the stop ids too
@@ -240,7 +240,7 @@ def reply_parser(
             raise BadReply(f"{meta.get('prompt_tokens')} prompt tokens instead of {len(prompt.token_ids)}")
         logprobs = _logprobs(meta.get("output_token_logprobs"), ids)
         drawn_logprobs, kept_ids = logprobs, KeptIds.of()
-        if sampling.cuts:
+        if sampling.cuts and sampling.tells_cut:
             kept_ids = _kept_ids(meta.get("output_token_sampling_mask"), ids, vocab_size)
             drawn_logprobs = _drawn_logprobs(meta.get("output_token_sampling_logprobs"), ids, logprobs)
         return Rollout(

@@ -24,6 +24,7 @@ from megatron_opd.data.packing import Microbatch, pack
 from megatron_opd.data.prompts import Prompt, PromptStream
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.routes import pack_by_route, routes_digest
+from megatron_opd.evaluation.tasks import read_tasks
 from megatron_opd.models.architecture import Architecture, ServedModel
 from megatron_opd.models.attention import uses_transformer_engine
 from megatron_opd.models.gpt import DTYPES, GPT
@@ -251,6 +252,7 @@ def set_up(config: Config, stop_requested: Callable[[], bool] = never) -> Job:
     check_offload(config)
     checked = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
     texts = read_texts(config, checked.vocab_size)
+    texts = replace(texts, tasks=read_tasks(config, texts.tokenizer, checked.student.max_positions))
     layout = layout_of(checked.parallel)
     if os.environ.get("RANK", "0") == "0":
         hold(config.run_dir)

@@ -1,6 +1,6 @@
 """Tokenizer and prompts of a run, read and checked before anything is built."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,7 @@ from megatron_opd.data.prompts import LoadedPrompts, Prompt, TeacherPrompt, load
 from megatron_opd.data.routes import check_all_teach, routed
 from megatron_opd.data.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
+from megatron_opd.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Texts:
     training: LoadedPrompts
     heldout: list[Prompt]
     notes: list[str]  # what the user should know, a line each
+    tasks: list[Task] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.heldout or self.tasks)
 
 
 def read_texts(config: Config, vocab_size: int) -> Texts:

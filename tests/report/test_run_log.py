@@ -11,7 +11,7 @@ import pytest
 from megatron_opd.data.rollouts import Rollout, read_rollouts
 from megatron_opd.errors import UserError
 from megatron_opd.report.positions import POSITIONS_FILE, Diagnostics
-from megatron_opd.report.run_log import RunLog
+from megatron_opd.report.run_log import RunLog, task_lines
 from megatron_opd.report.step_lines import read_steps
 
 ROW = {"loss": 1.0, "reverse_kl": 0.5}
@@ -146,3 +146,20 @@ def test_a_rank_that_does_not_write_does_not_mind(tmp_path: Path) -> None:
     with open_log(tmp_path / "file" / "run", enabled=False) as log:
         log.record(1, ROW, [ROLLOUT])
         log.summarise(checkpoint=tmp_path / "latest", export=None)
+
+
+def test_the_scores_of_tasks_are_told_a_line_each() -> None:
+    row: dict[str, float] = {"eval/reverse_kl": 0.5, "eval/aime/tokens": 9.0}
+    for name, mean in (("aime/avg@8", 0.25), ("aime/pass@8", 0.5), ("my.task/avg@1", 1.0)):
+        row |= {f"eval/{name}": mean, f"eval/{name}_low": mean / 2, f"eval/{name}_high": 1.0}
+    assert task_lines(row) == [
+        "aime avg@8 25.0% [12.5%, 100.0%], pass@8 50.0% [25.0%, 100.0%]",
+        "my.task avg@1 100.0% [50.0%, 100.0%]",
+    ]
+
+
+def test_samples_of_evaluations_that_no_longer_count_are_removed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / "evaluation" / f"step_{step:08d}").mkdir(parents=True)
+    with RunLog(tmp_path, start=1, steps=2, enabled=True, decode=str):
+        assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["step_00000001"]
