@@ -39,6 +39,7 @@ HEALTH = {
     "skipped": ("Skipped updates", "in a step"),
 }
 SHARES = ("truncated", "student_mass", "teacher_mass", "gated", "clipped")
+BOUNDS = ("_low", "_high")  # of the interval of a metric, drawn around it
 LEFT_OUT = ("step", "tokens", "logprob_mismatch_kl", "logprob_mismatch_high", "eval/seconds")
 
 
@@ -52,18 +53,15 @@ class Group:
 
 def curve_groups(runs: Sequence[Run]) -> list[Group]:
     """Everything that the runs have recorded by step; a metric that is not known here has its name for a title."""
-    present = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    evaluated = {
-        name: _of_evaluation(name) for name in present if name.startswith("eval/") and name not in LEFT_OUT
-    }
+    recorded = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    elsewhere = {*LEFT_OUT, *(f"{name}{end}" for name in recorded for end in BOUNDS)}
+    present = [name for name in recorded if name not in elsewhere and not name.endswith("_seconds")]
+    evaluated = {name: _of_evaluation(name) for name in present if name.startswith("eval/")}
     known = {**LEARNING, **POLICY, **HEALTH, **evaluated}
-    others = {
-        name: (name.replace("_", " "), "")
-        for name in present
-        if name not in known and name not in LEFT_OUT and not name.endswith("_seconds")
-    }
+    others = {name: (name.replace("_", " "), "") for name in present if name not in known}
     groups = [
-        Group("Learning", [*_panels(runs, LEARNING), *_panels(runs, evaluated)]),
+        Group("Learning", _panels(runs, LEARNING)),
+        Group("Evaluation", _panels(runs, evaluated)),
         Group("Policy", _panels(runs, POLICY)),
         Group("Health", [*_panels(runs, HEALTH), *_panels(runs, others)]),
         Group("Time", _time_panels(runs)),
@@ -95,7 +93,9 @@ def _panels(runs: Sequence[Run], names: dict[str, tuple[str, str]]) -> list[Pane
         for number, run in enumerate(runs):
             steps, values = run.series(name)
             if values:
-                lines.append(Line(steps, values, number, run.name, curve=not held_out))
+                low, high = (run.series(f"{name}{end}") for end in BOUNDS)
+                band = (low[1], high[1]) if low[0] == high[0] == steps else None
+                lines.append(Line(steps, values, number, run.name, curve=not held_out, band=band))
         if any(any(line.y) for line in lines):  # not a metric that is 0 throughout
             share = name in SHARES
             panels.append(Panel(name.replace("/", "_"), title, lines, note, share=share, linear=name == "lr"))

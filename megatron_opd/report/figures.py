@@ -41,6 +41,7 @@ class Line:
     style: str = "-"
     markers_only: bool = False
     curve: bool = False  # a number a step: noisy, and long
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # the interval of each y: its ends
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def _draw(panel: Panel, *, titled: bool) -> Figure:
 
 def _draw_line(axes: Axes, line: Line) -> None:
     colour = COLOURS[line.run % len(COLOURS)]
+    if line.band is not None:
+        axes.fill_between(line.x, *line.band, color=colour, alpha=0.15, linewidth=0)
     markers = line.markers_only or len(line.x) <= CROWDED
     settings: dict[str, Any] = {
         "color": colour,

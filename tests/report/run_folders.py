@@ -51,6 +51,7 @@ def write_run(folder: Path, *, scale: float = 1.0, steps: int = STEPS, **setting
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     rows = [{"step": 0, "eval/reverse_kl": 4 * scale}, *(row(step, scale) for step in range(1, steps + 1))]
     rows[-1] |= {"eval/reverse_kl": scale, "eval/math/avg@8": 0.5}
+    rows[-1] |= {"eval/math/avg@8_low": 0.4, "eval/math/avg@8_high": 0.6}
     write_lines(folder / "metrics.jsonl", rows)
     write_lines(folder / "positions.jsonl", [position_row(step, scale) for step in range(1, steps + 1)])
     for step in (1, steps):

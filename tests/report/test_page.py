@@ -82,6 +82,9 @@ def test_a_page_says_what_a_run_did_and_stands_alone(tmp_path: Path) -> None:
     figures += ["Log-gaps by place, start", "Log-gaps by place, end", "Prefix log-likelihood, step 12"]
     for title in figures:
         assert "var(--run-0)" in page.figure(title)
+    assert "avg@8_low" not in page.text and "avg@8 low" not in page.text, (
+        "the ends of an interval are drawn around it"
+    )
     assert "Skipped updates" not in page.text, "a metric that is 0 throughout is not drawn"
     outside = [
         value
