@@ -139,7 +139,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _scale(axes: Axes, panel: Panel) -> None:
-    values = [value for line in panel.lines for value in line.y]
+    values = [value for line in panel.lines for row in (line.y, *(line.band or ())) for value in row]
     if panel.share:
         axes.set_ylim(-0.02, 1.02)
     elif values and not panel.linear and 0 < 30 * min(values) < max(values):
