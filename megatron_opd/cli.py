@@ -39,9 +39,9 @@ launch = typer.Typer(help="Start a training with all its processes.", no_args_is
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
-app.command()(report)
 launch.command()(slurm)
 app.command()(evaluate)
+app.command()(report)
 app.command()(teacher_cache)
 
 
