@@ -10,19 +10,21 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from megatron_opd.cli_convert import convert
 from megatron_opd.cli_evaluate import evaluate
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
+from megatron_opd.cli_slurm import slurm
 from megatron_opd.cli_teacher_cache import teacher_cache
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import (
     REQUEUE_EXIT,
     end_forks_with_this_process,
     end_with_launcher,
+    leave_exit_code,
     report_user_error,
 )
 
@@ -36,6 +38,7 @@ launch = typer.Typer(help="Start a training with all its processes.", no_args_is
 app.add_typer(launch, name="launch")
 app.add_typer(convert, name="convert")
 app.command()(plan)
+launch.command()(slurm)
 app.command()(evaluate)
 app.command()(teacher_cache)
 
@@ -101,6 +104,25 @@ def local(
 
 
 @app.command()
+def serve(
+    role: Annotated[Literal["rollout", "teacher"], typer.Argument(help="The section with the servers.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Of the first server; the others follow.")
+    ] = 30000,
+) -> None:
+    """Start the SGLang servers of a run on this machine and keep them going, until SIGTERM or Ctrl-C.
+
+    The run itself, elsewhere, has them as ROLE.sglang.urls. Both find the servers' key in SGLANG_API_KEY.
+    """
+    from megatron_opd.config.load import load_config
+    from megatron_opd.serve import serve as keep
+
+    keep(load_config(config, overrides or []), role, port)
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None,
@@ -139,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "interrupted: start the same command again; a training goes on from its last checkpoint",
             file=sys.stderr,
         )
+    if code == REQUEUE_EXIT:
+        leave_exit_code(code)
     sys.exit(code)
 
 

@@ -70,8 +70,8 @@ class Checked:
         return max(arch.padded_vocab_size(self.parallel.tensor) for arch in self.architectures)
 
 
-def check_before_start(config: Config, world_size: int) -> Checked:
-    """Checks that `config` can run on `world_size` processes.
+def check_before_start(config: Config, world_size: int, *, elsewhere: bool = False) -> Checked:
+    """Checks that `config` can run on `world_size` processes; `elsewhere`: on machines whose GPUs are not known here.
 
     Raises UserError as `check_models` and `check_server_gpus`, for a missing prompt file, for a run directory that is
     none and for what SGLang cannot be started with.
@@ -92,7 +92,7 @@ def check_before_start(config: Config, world_size: int) -> Checked:
             raise UserError(
                 f"{section}.sglang.python: {python} is no program: name the interpreter, .../bin/python"
             )
-    if os.environ.get("RANK", "0") == "0":  # whose machine the servers are started on
+    if not elsewhere and os.environ.get("RANK", "0") == "0":  # whose machine the servers are started on
         told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE")
         check_server_gpus(config, int(told or min(world_size, max(1, torch.cuda.device_count()))))
     teacher = config.teacher

@@ -204,12 +204,16 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
 def test_more_processes_go_on_with_the_prompts_that_are_due(inputs, tmp_path):
     """Another world size: as many prompts a step as before, none lost and none drawn twice."""
     config = write_config(inputs, tmp_path / "run", checkpoint__save_every=1, evaluation__every=1)
-    assert run_forked("train", config, "training.steps=3").returncode == 0
+    waiting = run_forked("train", config, "training.steps=3", "checkpoint.asynchronous=false")
+    assert "saved 3 checkpoints: the training waited" in waiting.stdout, waiting.stderr
     done = run_forked("launch", "local", config, "parallel.data=2")
     assert done.returncode == 0, done.stderr
     assert "resuming at step 3: TP1·PP1·CP1·DP2" in done.stdout
     check_ledger(inputs, tmp_path / "run", steps=6)
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(7))
+    rows = read_steps(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(7))
+    saved = [row["save_seconds"] for row in rows[1:]]  # in the row after the step that was saved
+    assert saved[0] == saved[3] == 0 and min(saved[1:3] + saved[4:]) > 0
 
 
 def test_sequences_shared_by_two_processes_give_the_same_run(inputs, tmp_path):

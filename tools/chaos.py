@@ -94,15 +94,14 @@ def main(arguments: list[str] | None = None) -> int:
     inputs = make_inputs(chosen.folder / "inputs")
     console, rng = Console(highlight=False, soft_wrap=True), random.Random(chosen.seed)
 
-    whole = Chaos(chosen.folder / "undisturbed", write_config(inputs, chosen, "undisturbed"), rng, console)
+    whole = Chaos(inputs, chosen, "undisturbed", rng, console)
     life = whole.live(kills=0)
     if life.wrong:
         console.print(f"the undisturbed run failed: {life.wrong[0]}")
         return 1
     runs: list[Run] = []
     while (left := chosen.kills - sum(len(run.kills) for run in runs)) > 0:
-        name = f"run{len(runs)}"
-        chaos = Chaos(chosen.folder / name, write_config(inputs, chosen, name), rng, console, whole.pace)
+        chaos = Chaos(inputs, chosen, f"run{len(runs)}", rng, console, whole.pace)
         run = chaos.live(left)
         exact = chosen.engine == "local"
         run.wrong = run.wrong or check(inputs, chaos.run_dir, chosen.steps, whole.run_dir, exact=exact)
@@ -155,19 +154,21 @@ def write_config(inputs: Path, chosen: argparse.Namespace, name: str) -> Path:
 
 
 class Chaos:
-    """A run in `run_dir` and the one who kills its processes. `pace`: seconds to the loop, and of the loop."""
+    """A run called `name` and the one who kills its processes. `pace`: seconds until the loop, and of a step."""
 
     def __init__(
         self,
-        run_dir: Path,
-        config: Path,
+        inputs: Path,
+        chosen: argparse.Namespace,
+        name: str,
         rng: random.Random,
         console: Console,
         pace: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        self.run_dir, self.pace = run_dir, pace
-        self._config, self._rng, self._console = config, rng, console
-        self._log = run_dir.with_suffix(".log")  # of one life
+        self.run_dir, self.pace = chosen.folder / name, pace
+        self._config, self._steps = write_config(inputs, chosen, name), chosen.steps
+        self._rng, self._console = rng, console
+        self._log = self.run_dir.with_suffix(".log")  # of one life
         self._others: list[psutil.Process] = []  # that the launcher had started when one was killed last
 
     def live(self, kills: int) -> Run:
@@ -212,14 +213,18 @@ class Chaos:
             time.sleep(0.05)
         begun = time.monotonic()
         launcher.wait()
-        self.pace = begun - started, time.monotonic() - begun
+        self.pace = begun - started, (time.monotonic() - begun) / self._steps
 
     def _wait(self, launcher: subprocess.Popen[bytes]) -> bool:
         """Until a random moment of this life; False when it ends before."""
         in_start_up = self._rng.random() < IN_START_UP
-        seconds = self._rng.random() * self.pace[0 if in_start_up else 1]
+        seconds, part = self._rng.random() * self.pace[0 if in_start_up else 1], self._rng.random()
         while not in_start_up and not self._in_loop and launcher.poll() is None:
             time.sleep(0.05)
+        begun = self._step()
+        step = 0 if in_start_up else begun + int(part * (self._steps - begun))
+        while self._step() < step and launcher.poll() is None:
+            time.sleep(0.01)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and launcher.poll() is None:
             time.sleep(0.005)
@@ -232,7 +237,8 @@ class Chaos:
             first = psutil.Process(launcher.pid)
             self._others = first.children(recursive=True)
             for process in [first, *self._others]:
-                kinds.setdefault(kind_of(process, launcher.pid), []).append(process)
+                with suppress(psutil.NoSuchProcess):  # writers come and go
+                    kinds.setdefault(kind_of(process, launcher.pid), []).append(process)
         kinds.pop("other", None)
         if not kinds:
             return []

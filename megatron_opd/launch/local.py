@@ -137,11 +137,13 @@ def _end(ranks: Sequence[_Rank]) -> None:
 
 def _outcome(ranks: Sequence[_Rank], heard: Sequence[signal.Signals], if_killed: str) -> Outcome:
     """What to say about the ranks that failed, and those that were stopped."""
-    for key, code in ((USER_ERROR, 2), (FAILURE, 1)):
+    failed = [rank for rank in ranks if rank.failed]
+    # A killed rank explains what the others say of their lost connections.
+    killed = [rank for rank in failed if rank.process.returncode < 0]
+    for key, code in ((USER_ERROR, 2), *([] if killed else [(FAILURE, 1)])):
         for line in (rank.told(key) for rank in ranks):
             if line is not None:
                 return Outcome(code, line)
-    failed = [rank for rank in ranks if rank.failed]
     ended_by = [code for number in heard for code in (-number, 128 + number)]
     if len(heard) > 1 or any(rank.code in ended_by for rank in failed) or set(heard) & set(_AT_ONCE):
         if signal.SIGINT in heard:
@@ -149,8 +151,7 @@ def _outcome(ranks: Sequence[_Rank], heard: Sequence[signal.Signals], if_killed:
         return Outcome(128 + heard[-1], f"stopped by {heard[-1].name}")
     if not failed:
         return Outcome(max(rank.process.returncode for rank in ranks))
-    # A killed rank explains the lost connections of the others.
-    rank = min(failed, key=lambda rank: rank.process.returncode >= 0)
+    rank = (killed or failed)[0]
     code = rank.process.returncode
     if code < 0:
         advice = f": {if_killed}" if if_killed else ""

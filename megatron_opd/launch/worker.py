@@ -22,16 +22,23 @@ REQUEUE_EXIT = 75
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # process id of the launcher, in the environment of its workers
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set for every worker, by torch's elastic agent too
 USER_ERROR, FAILURE = "user_error", "failure"  # keys of the message in that file
+EXIT_FILE = (
+    "MEGATRON_OPD_EXIT_FILE"  # where the rank that ends first leaves its exit code, for `launch.slurm`
+)
 _PR_SET_PDEATHSIG = 1
 
 
 def report_user_error(error: UserError) -> None:
-    """Hands `error` to the launcher if there is one, else prints it to stderr as one `error: ...` line."""
-    _report(" ".join(str(error).splitlines()), USER_ERROR)
+    """Hands `error` to the launcher if there is one, else prints it to stderr as one `error: ...` line.
+
+    Under SLURM only the rank that fails first prints: the mistake mostly is that of every rank.
+    """
+    if leave_exit_code(2):
+        _report(" ".join(str(error).splitlines()), USER_ERROR)
 
 
 def report_failure(line: str) -> None:
-    """The same of a reason to end with another exit code than that of a mistake."""
+    """The same of a reason to end with another exit code than that of a mistake. Every rank prints its own."""
     _report(line, FAILURE)
 
 
@@ -46,6 +53,23 @@ def _report(line: str, key: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"rank {rank}: "
     print(f"error: {where}{line}", file=sys.stderr, flush=True)
+
+
+def leave_exit_code(code: int) -> bool:
+    """Tells the batch script how the run ends, if one wants to know; False if another rank has told it before.
+
+    `srun` returns the highest code of all tasks: that of those it has killed after the first one ended.
+    """
+    path = os.environ.get(EXIT_FILE)
+    if path is not None:
+        try:
+            with Path(path).open("x") as file:
+                file.write(f"{code}\n")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            print(f"cannot write {path}: {error.strerror}", file=sys.stderr, flush=True)
+    return True
 
 
 def end_with_launcher() -> None:

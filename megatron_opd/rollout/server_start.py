@@ -110,14 +110,14 @@ def server_environment(
     return found
 
 
-def hold_port(host: str) -> tuple[socket.socket, int]:
-    """A socket that never listens, and its free port of `host`: until it is closed nobody else is given the port.
+def hold_port(host: str, port: int = 0) -> tuple[socket.socket, int]:
+    """A socket that never listens, and its port of `host`, 0: a free one. Until it is closed nobody else is given it.
 
     A server that sets SO_REUSEADDR, as SGLang's does, can listen there all the same.
     """
     held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((host, 0))
+    held.bind((host, port))
     return held, int(held.getsockname()[1])
 
 

@@ -58,13 +58,25 @@ class _Server:
 class Servers:
     """The servers that this process owns. They end with it, and with `stop`.
 
-    `say` prints one line; it is called from the thread that watches the servers too.
+    `say` prints one line; it is called from the thread that watches the servers too. `api_key` is what they ask for
+    beyond this machine, by default a new one; `first_port` that of the first server, 0: free ones. Servers that others
+    give weights (`others_update`) are not ended when they do not answer: it may last that long.
     """
 
-    def __init__(self, settings: ServerSettings, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        folder: Path,
+        say: Callable[[str], None],
+        *,
+        api_key: str | None = None,
+        first_port: int = 0,
+        others_update: bool = False,
+    ) -> None:
         self._settings, self._folder, self._say = settings, folder, say
+        self._first_port, self._others_update = first_port, others_update
         local = settings.host in LOOPBACK
-        self.api_key = None if local else secrets.token_urlsafe(32)
+        self.api_key = None if local else api_key or secrets.token_urlsafe(32)
         self._servers: list[_Server] = []
         self._weights: tuple[Path, str] | None = None  # folder and version that a starting server loads
         self._lock = threading.Lock()  # held while servers start or their weights change
@@ -79,6 +91,11 @@ class Servers:
             host = socket.gethostname()
         return [f"http://{f'[{host}]' if ':' in host else host}:{server.port}" for server in self._servers]
 
+    @property
+    def given_up(self) -> bool:
+        """Whether none is left that would be started again."""
+        return all(server.given_up for server in self._servers)
+
     def start(self, model: Path, version: str) -> None:
         """Start all servers with these weights and wait until every one answers.
 
@@ -88,7 +105,10 @@ class Servers:
         self._weights = (model.absolute(), version)
         logs = [self._folder / f"server-{index}.log" for index in range(self._settings.count)]
         try:
-            self._servers = [_Server(*hold_port(self._settings.host), log) for log in logs]
+            self._servers = [
+                _Server(*hold_port(self._settings.host, self._first_port and self._first_port + index), log)
+                for index, log in enumerate(logs)
+            ]
         except OSError as error:
             raise UserError(
                 f"{self._settings.key}.host: cannot listen at {self._settings.host} ({error.strerror}): name an "
@@ -226,6 +246,8 @@ class Servers:
         code = server.process.poll()
         if code is not None:
             return self._restart(server, f"ended with exit code {code}")
+        if server.ready and self._others_update:
+            return
         if now - server.checked < (HEALTH_EVERY if server.ready else 1.0):
             return
         answers = self._answers(server, HEALTH_TIMEOUT if server.ready else 5.0)

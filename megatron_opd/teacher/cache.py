@@ -109,7 +109,7 @@ class PayloadCache:
 
     def __init__(self, folder: Path, source: Source, *, max_bytes: float, writers: int = 1) -> None:
         self.source = source
-        self._folder, self._max_bytes, self._writers = folder, max_bytes, writers
+        self.folder, self._max_bytes, self._writers = folder, max_bytes, writers
         self._written = 0  # since all files were last looked at
         self._held: int | None = None  # by the folder then
         self._refused = False
@@ -169,7 +169,7 @@ class PayloadCache:
 
     def _path(self, segment: Segment) -> Path:
         key = segment.key(self.source)
-        return self._folder / key[:2] / (key + SUFFIX)
+        return self.folder / key[:2] / (key + SUFFIX)
 
     def _check(self, rows: Sequence[Tensor], count: int) -> None:
         for tensor, (trailing, dtype) in zip(rows, self.source.form.tensors, strict=True):
@@ -181,7 +181,7 @@ class PayloadCache:
         self._written += size
         if self._held is not None and self._held + self._written * self._writers <= self._max_bytes:
             return
-        files = sorted(cached_files(self._folder))
+        files = sorted(cached_files(self.folder))
         self._held, self._written = sum(size for _, size, _ in files), 0
         if self._held <= self._max_bytes:
             return

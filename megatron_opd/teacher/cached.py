@@ -76,8 +76,10 @@ class CachedTeacher(Teacher):
         return self.teacher.distribution(payload, chunked=chunked)
 
     def described(self) -> str:
-        """As the teacher's."""
-        return self.teacher.described()
+        """The teacher's, and where what it says is kept."""
+        return "; ".join(
+            filter(None, [self.teacher.described(), f"what it says is kept in {self._cache.folder}"])
+        )
 
     def metrics(self) -> dict[str, float]:
         """The teacher's, and how many sequences came from the cache since the last call, and how many from it."""

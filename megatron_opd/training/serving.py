@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opd.config.rollout import SGLangConfig
+from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.evaluation.tasks import Task, longest_sequence
@@ -117,8 +117,7 @@ def build_sync(job: Served, engine: SGLangEngine, say: Callable[[str], None]) ->
     folder = job.config.run_dir / "servers"
     servers = None
     if not config.urls and dist.get_rank() == 0:
-        settings = server_settings(job, config)
-        settings = replace(settings, arguments=(*settings.arguments, *mask_arguments(job)))
+        settings = rollout_server_settings(job.config, job.texts)
         servers = Servers(settings, folder, say)
     return WeightSync(
         engine,
@@ -155,29 +154,46 @@ def client_options(config: SGLangConfig) -> dict[str, Any]:
     }
 
 
-def server_settings(job: Served, config: SGLangConfig) -> ServerSettings:
-    """How the servers of this run are started."""
-    assert config.python is not None
-    return ServerSettings(
-        python=config.python,
-        count=config.servers,
-        dtype={"bf16": "bfloat16", "fp32": "float32"}[job.config.precision],
-        longest=max(
-            job.config.data.max_prompt_tokens + job.config.rollout.max_new_tokens,
-            longest_sequence(job.texts.tasks, job.config.rollout),
-        ),
-        concurrency=config.concurrency,
-        stop_ids=job.texts.stop_ids,
-        start_timeout=config.outage_timeout,
-        host=config.host,
-        gpus=tuple(config.gpus),
-        arguments=tuple(config.arguments),
+def rollout_server_settings(config: Config, texts: ServedTexts) -> ServerSettings:
+    """How servers that draw the rollouts and the responses to tasks are started."""
+    settings = server_settings(config, config.rollout.sglang)
+    return replace(
+        settings,
+        stop_ids=texts.stop_ids,
+        longest=max(settings.longest, longest_sequence(texts.tasks, config.rollout)),
+        arguments=(*settings.arguments, *mask_arguments(config.rollout, texts.vocab_size)),
     )
 
 
-def mask_arguments(job: Served) -> tuple[str, ...]:
+def teacher_server_settings(config: Config) -> ServerSettings:
+    """How servers of the teacher are started."""
+    settings = server_settings(config, config.teacher.sglang)
+    return replace(settings, longest=teacher_longest(config), key="teacher.sglang")
+
+
+def teacher_longest(config: Config) -> int:
+    """Tokens of the longest prompt of the teacher with the longest response."""
+    return config.teacher_prompt_tokens + config.rollout.max_new_tokens
+
+
+def server_settings(config: Config, served: SGLangConfig) -> ServerSettings:
+    """How the servers of a section `sglang` are started, whatever they are for."""
+    assert served.python is not None
+    return ServerSettings(
+        python=served.python,
+        count=served.servers,
+        dtype={"bf16": "bfloat16", "fp32": "float32"}[config.precision],
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        concurrency=served.concurrency,
+        start_timeout=served.outage_timeout,
+        host=served.host,
+        gpus=tuple(served.gpus),
+        arguments=tuple(served.arguments),
+    )
+
+
+def mask_arguments(rollout: RolloutConfig, vocab_size: int) -> tuple[str, ...]:
     """What lets a server say which ids a cut kept, however many; ids as likely as the last of top-k may be more."""
-    rollout, vocab_size = job.config.rollout, job.texts.vocab_size
     if rollout.top_p == 1 and rollout.top_k == 0:
         return ()
     limit = max(2 * rollout.top_k, SAMPLING_MASK) if rollout.top_k else vocab_size

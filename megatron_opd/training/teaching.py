@@ -14,7 +14,7 @@ from megatron_opd.teacher.cached import CachedTeacher
 from megatron_opd.teacher.contract import check_contract
 from megatron_opd.teacher.sglang import SGLangTeacher
 from megatron_opd.training.job import Job
-from megatron_opd.training.serving import client_options, server_settings
+from megatron_opd.training.serving import client_options, teacher_longest, teacher_server_settings
 
 SELF_TEST_TOKENS = 16
 
@@ -37,12 +37,7 @@ def teaching(job: Job, say: Callable[[str], None]) -> Iterator[None]:
         where: list[tuple[list[str], str | None]] = [(config.urls, os.environ.get("SGLANG_API_KEY"))]
         with alike(dist.group.WORLD):
             if not config.urls and dist.get_rank() == 0:
-                settings = replace(
-                    server_settings(job, config),
-                    longest=longest(job),
-                    stop_ids=(),
-                    key="teacher.sglang",
-                )
+                settings = teacher_server_settings(job.config)
                 folder = job.config.run_dir / "servers" / "teacher"
                 servers = Servers(settings, folder, lambda line: say(f"teacher: {line}"))
                 servers.start(job.config.teacher.folder, "teacher")
@@ -65,11 +60,6 @@ def teaching(job: Job, say: Callable[[str], None]) -> Iterator[None]:
             servers.stop()
 
 
-def longest(job: Job) -> int:
-    """Tokens of the longest prompt of the teacher with the longest response."""
-    return job.config.teacher_prompt_tokens + job.config.rollout.max_new_tokens
-
-
 def check(job: Job, teacher: SGLangTeacher) -> None:
     """The contract with the servers, and a self-test: every replica has the first prompt scored.
 
@@ -78,7 +68,7 @@ def check(job: Job, teacher: SGLangTeacher) -> None:
     assert job.served is not None
     with alike(dist.group.WORLD):
         if teacher.asks:
-            check_contract(teacher.ask_all, job.served, longest(job))
+            check_contract(teacher.ask_all, job.served, teacher_longest(job.config))
     ids = job.texts.training.prompts[0].token_ids[: SELF_TEST_TOKENS - 1]
     sample = Rollout("self-test", 0, ids, ids[:1], [0.0], "length", 0)
     replace(job, teacher=teacher).teacher_payloads(job.packed([sample] * job.layout.data))

@@ -12,7 +12,7 @@ class Phases:
     """`with phases(ROLLOUT):` around a part of the loop. One that is inside another counts as part of that."""
 
     def __init__(self) -> None:
-        self.now = ""  # the phase that goes on; empty between phases
+        self.now = self.last = ""  # the phase that goes on, empty between phases; the one that was begun last
         self.entered = 0  # how many phases there were: tells one from the next of the same name
         self.seconds: dict[str, float] = {}  # that each took when it was last
 
@@ -24,10 +24,9 @@ class Phases:
             return
         began = time.perf_counter()
         self.entered += 1
-        self.now = name
+        self.now = self.last = name
         try:
             yield
-            # After an error the phase stays, so that it can be named.
-            self.now = ""
         finally:
+            self.now = ""
             self.seconds[name] = time.perf_counter() - began

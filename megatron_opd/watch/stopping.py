@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_opd.launch.worker import REQUEUE_EXIT
+from megatron_opd.launch.worker import REQUEUE_EXIT, leave_exit_code
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _KEY = "megatron_opd/stop"  # in the store: the number of the signal
@@ -122,6 +122,7 @@ class Stopping:
             return
         if not self._begun:
             _say(f"stopped by {number.name} before its first step; the same command begins again")
+            leave_exit_code(REQUEUE_EXIT)
             os._exit(REQUEUE_EXIT)
         if not self._mine:
             self._mine, self._since = number, time.monotonic()

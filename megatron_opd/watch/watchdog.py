@@ -60,10 +60,8 @@ class Watchdog:
         self._thread.join()
         if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST) and self._ranks > 1:
             time.sleep(_SILENT)  # until one that has ended is silent
-            phase = self._phases.now or "between phases"
-            report_failure(
-                f"rank {self._rank} has lost its connection to another in {phase}: {self._others()}"
-            )
+            phase, others = self._phases.last or "no phase", self._others(self._phases.last)
+            report_failure(f"rank {self._rank} has lost its connection to another in {phase}: {others}")
 
     def _watch(self) -> None:
         entered, before = -1, time.monotonic()
@@ -99,7 +97,7 @@ class Watchdog:
                 first = self._store.compare_set(_STUCK, "", mine) == mine.encode()
         if first:
             name = self._phases.now
-            others = f"{self._others()}; " if self._ranks > 1 else ""
+            others = f"{self._others(name)}; " if self._ranks > 1 else ""
             report_failure(
                 f"rank {self._rank} has been in {name} for {self._spent:.0f} s (section timeouts: at most {limit:g}): "
                 f"{others}the stacks of all ranks are in {self._folder}; start the same command again to resume"
@@ -108,9 +106,9 @@ class Watchdog:
         time.sleep(3 * _POLL)
         os._exit(1)
 
-    def _others(self) -> str:
-        """Where the ranks are that are silent, or in another phase than this one."""
-        mine, found = self._phases.now, []
+    def _others(self, mine: str) -> str:
+        """Where the ranks are that are silent, or in another phase than this one's."""
+        found = []
         for rank in range(self._ranks):
             try:
                 name, seconds, when = self._last_of(rank)

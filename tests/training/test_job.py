@@ -205,7 +205,7 @@ def published(inputs: Path, run_dir: Path, heldout: bool) -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "serving", serving)
         patch.setattr(dist, "destroy_process_group", lambda: None)
-        patch.setattr(training, "set_up", lambda config: job)
+        patch.setattr(training, "set_up", lambda *_: job)
         training.train(job.config)
     return steps
 

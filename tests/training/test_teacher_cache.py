@@ -140,6 +140,7 @@ def two_epochs(inputs: Path, run_dir: Path, **changes: Any) -> list[dict[str, fl
         evaluation__prompts="null",
         **changes,
     )
+    assert f"teacher: what it says is kept in {job.config.teacher.cache}" in job.notes(0)
     with teaching(job, lambda _: None):
         return [train_step(job, step)[0] for step in range(1, 7)]
 

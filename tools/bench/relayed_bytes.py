@@ -52,7 +52,10 @@ async def _listen(url: str, found: Relayed) -> asyncio.Server:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         their_reader, their_writer = await asyncio.open_connection(where.hostname, where.port)
-        await asyncio.gather(carry("asked", reader, their_writer), carry("answered", their_reader, writer))
+        with suppress(asyncio.CancelledError):  # by `_close`, of which asyncio would complain
+            await asyncio.gather(
+                carry("asked", reader, their_writer), carry("answered", their_reader, writer)
+            )
 
     return await asyncio.start_server(serve, "127.0.0.1", 0)
 

@@ -1,0 +1,98 @@
+#!/bin/bash
+# Rendered by `megatron-opd launch slurm`. Each start goes on from the newest checkpoint in run_dir.
+#   nodes 0 to 1: the models, ranks 0 to 15
+#   node 2: SGLang servers that draw the rollouts, 8 a node
+#   node 3: SGLang servers that are the teacher, 2 a node
+#SBATCH --job-name=30b-a3b-to-4b-sglang
+#SBATCH --time=4:00:00
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --output=%x-%A_%a.log
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --array=1-6%1
+
+config=(examples/slurm/sglang.yaml)
+run_dir=runs/30b-a3b-to-4b-sglang
+source .venv/bin/activate
+set -u
+
+# Caches on the disks of the nodes, kept from job to job.
+caches=/tmp/megatron-opd-$SLURM_JOB_USER
+export TRITON_CACHE_DIR=$caches/triton TORCHINDUCTOR_CACHE_DIR=$caches/inductor HF_HOME=$caches/huggingface
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# 16 ports that another job has only if its number is as far off as a multiple of 900.
+port=$((15000 + SLURM_JOB_ID % 900 * 16))
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address() { scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'; }
+MASTER_ADDR=$(address "${nodes[0]}")
+export MASTER_ADDR MASTER_PORT=$port
+
+# The first rank that ends leaves its exit code here: srun tells that of ranks that it has killed itself.
+mkdir -p "$run_dir"
+export MEGATRON_OPD_EXIT_FILE=$run_dir/slurm-exit-$SLURM_JOB_ID
+rm -f "$MEGATRON_OPD_EXIT_FILE"
+
+# SGLang servers, and the key that they ask for.
+SGLANG_API_KEY=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
+export SGLANG_API_KEY
+servers=() urls=()
+urls() { # of the servers on $2 nodes from $1 on, $4 of them on each, ports from $3 on
+    local list='' node number
+    for node in "${nodes[@]:$1:$2}"; do
+        for ((number = 0; number < $4; number++)); do
+            list+=,http://$(address "$node"):$((port + $3 + number))
+        done
+    done
+    echo "[${list:1}]"
+}
+listen() { # whether the servers at all URLs of the list $1 do
+    local url
+    for url in ${1//[][,]/ }; do
+        url=${url#http://}
+        (exec 3<> "/dev/tcp/${url%:*}/${url##*:}") 2> /dev/null || return 1
+    done
+}
+srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=2 --cpus-per-task=96 \
+    --kill-on-bad-exit=1 \
+    megatron-opd serve --port=$((port + 1)) -- rollout "${config[@]}" &
+servers+=($!)
+urls+=(rollout.sglang.urls="$(urls 2 1 1 8)")
+urls+=(rollout.sglang.python=null rollout.sglang.servers=1 rollout.sglang.host=127.0.0.1 'rollout.sglang.gpus=[]' 'rollout.sglang.arguments=[]')
+
+srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=3 --cpus-per-task=96 \
+    --kill-on-bad-exit=1 \
+    megatron-opd serve --port=$((port + 9)) -- teacher "${config[@]}" &
+servers+=($!)
+urls+=(teacher.sglang.urls="$(urls 3 1 9 2)")
+urls+=(teacher.sglang.python=null teacher.sglang.servers=1 teacher.sglang.host=127.0.0.1 'teacher.sglang.gpus=[]' 'teacher.sglang.arguments=[]')
+until listen "$(urls 3 1 9 2)" || ! kill -0 $! 2> /dev/null; do sleep 2; done
+
+# The ranks. `exec`: signals reach them, not a shell.
+# shellcheck disable=SC2016
+srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --relative=0 --cpus-per-task=12 \
+    --kill-on-bad-exit=1 \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
+    megatron-opd train -- "${config[@]}" "${urls[@]}" &
+run=$!
+wait -n # for the run, or for servers that end before it
+if kill -0 "$run" 2> /dev/null; then
+    echo "servers have ended before the run: see the logs in $run_dir/servers" >&2
+    kill "$run"
+fi
+wait "$run"
+code=$?
+kill "${servers[@]}" 2> /dev/null
+wait
+
+if [ -s "$MEGATRON_OPD_EXIT_FILE" ]; then code=$(< "$MEGATRON_OPD_EXIT_FILE"); fi
+rm -f "$MEGATRON_OPD_EXIT_FILE"
+case $code in
+    75) code=0 ;; # the next job of the array goes on
+    0 | 2) scancel --state=PENDING "$SLURM_ARRAY_JOB_ID" ;; # finished, or a mistake to mend
+esac
+exit "$code"
