@@ -17,6 +17,7 @@ import typer
 from megatron_opd.cli_convert import convert
 from megatron_opd.cli_evaluate import evaluate
 from megatron_opd.cli_plan import ConfigFile, Overrides, plan
+from megatron_opd.cli_report import report
 from megatron_opd.cli_slurm import slurm
 from megatron_opd.cli_teacher_cache import teacher_cache
 from megatron_opd.errors import UserError
@@ -40,6 +41,7 @@ app.add_typer(convert, name="convert")
 app.command()(plan)
 launch.command()(slurm)
 app.command()(evaluate)
+app.command()(report)
 app.command()(teacher_cache)
 
 

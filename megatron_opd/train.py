@@ -16,6 +16,7 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
 from megatron_opd.evaluation.evaluate import metrics_of
 from megatron_opd.parallel.groups import all_ranks
+from megatron_opd.report.positions import Diagnostics
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.sharded import RolloutsStopped
 from megatron_opd.rollout.stream import staleness
@@ -27,7 +28,7 @@ from megatron_opd.training.serving import Publish, drawn, serving, unserved
 from megatron_opd.training.task_scores import task_scores
 from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
-from megatron_opd.training.update import means_over_tokens
+from megatron_opd.training.update import diagnostics_of, means_over_tokens
 from megatron_opd.watch.phases import EVALUATION, ROLLOUT, SAVE, STEP, SYNC, TEACHER
 from megatron_opd.watch.stopping import Stopping
 from megatron_opd.watch.watchdog import Watchdog
@@ -92,7 +93,7 @@ def take_steps(job: Job, start: int, log: RunLog, publish: Publish, saves: Saves
     while done < steps and not stops(job, stopping):
         step = done + 1
         try:
-            metrics, rollouts = train_step(job, step, publish)
+            metrics, rollouts, diagnostics = train_step(job, step, publish)
         except RolloutsStopped:
             continue
         drawing = step < steps or job.texts.evaluated  # with the weights of this step
@@ -101,7 +102,7 @@ def take_steps(job: Job, start: int, log: RunLog, publish: Publish, saves: Saves
         if job.texts.evaluated and due(step, config.evaluation.every, steps):
             metrics |= evaluate(job, step, publish)
         metrics["save_seconds"] = saves.take_seconds()
-        log.record(step, metrics, rollouts)
+        log.record(step, metrics, rollouts, diagnostics)
         warning = alarm(metrics, config.rollout)
         if warning is not None:
             log.say(f"step {step}: {warning}")
@@ -127,8 +128,13 @@ def due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[str, Any], list[Rollout]]:
-    """Take rollouts, let the models score them, apply the updates. Returns the step's metrics and rollouts."""
+def train_step(
+    job: Job, step: int, publish: Publish = unserved
+) -> tuple[dict[str, Any], list[Rollout], Diagnostics]:
+    """Take rollouts, let the models score them, apply the updates.
+
+    Returns the step's metrics and rollouts, and what is known of the rollouts' tokens.
+    """
     phases = job.phases
     with phases(ROLLOUT):
         rollouts = drawn(lambda: job.rollouts.take(step), publish, step - 1)
@@ -141,7 +147,7 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         if job.average is not None:
             job.average.hand_over()
     tokens = sum(update.scale.loss_tokens for update in updates)
-    return {
+    metrics = {
         **means_over_tokens(outcomes, tokens),
         "tokens": tokens,
         "response_tokens": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
@@ -155,7 +161,8 @@ def train_step(job: Job, step: int, publish: Publish = unserved) -> tuple[dict[s
         "teacher_seconds": phases.seconds[TEACHER],
         "train_seconds": phases.seconds[STEP],
         **job.teacher.metrics(),
-    }, rollouts
+    }
+    return metrics, rollouts, diagnostics_of(outcomes, updates, job.objective.positions)
 
 
 def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:

@@ -123,8 +123,19 @@ def test_a_run_learns_and_leaves_everything_behind(inputs, tmp_path):
         "tensorboard",
         "rollouts",
         "curve.png",
+        "report.html",
+        "positions.jsonl",
         "hf",
     }
+    shown = (run_dir / "report.html").read_text()
+    for title in (
+        "Held-out reverse KL",
+        "Token weight by position",
+        "Prefix log-likelihood, step 20",
+        "log-gap",
+    ):
+        assert title in shown
+    assert [row["step"] for row in read_steps(run_dir / "positions.jsonl")] == list(range(1, 21))
     exported = AutoModelForCausalLM.from_pretrained(run_dir / "hf")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     prompt = tokenizer("one two three", return_tensors="pt")
@@ -197,6 +208,7 @@ def test_killed_and_started_again_it_continues_bit_for_bit(inputs, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stdout
     assert metrics(killed) == metrics(whole)
+    assert read_steps(killed / "positions.jsonl") == read_steps(whole / "positions.jsonl")
     for row in check_ledger(inputs, killed, steps=40):
         assert all(each["versions"] == [row["step"] - 1] for each in row["rollouts"])
 

@@ -148,6 +148,7 @@ def print_places(config: Config, console: Console) -> None:
         ("Hugging Face", config.run_dir / "hf"),
         ("metrics", config.run_dir / "metrics.jsonl"),
         ("curve", config.run_dir / "curve.png"),
+        ("report", config.run_dir / "report.html"),
         ("TensorBoard", f"tensorboard --logdir {config.run_dir / 'tensorboard'}"),
     )
     for what, where in places:

@@ -9,6 +9,7 @@ their padding) or of a context-parallel rank's share of it, S segments.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class Microbatch:
     padding_T: Tensor  # bool: fills up its segment; it is computed, but counts nowhere
     rollout_logprobs_T: Tensor  # float32: the engine's log-prob of targets_T (nats); 0 where mask_T is False
     drawn_logprobs_T: Tensor  # the same after top-p and top-k, renormalised over the ids that were left
+    place_T: Tensor  # int64: the place of targets_T in its response, from 0; 0 where mask_T is False, as are these:
+    length_T: Tensor  # int64: the tokens of that response
+    number_T: (
+        Tensor  # int64: its number among the response tokens of all rollouts that were packed, in their order
+    )
     kept_T: KeptIds  # those ids, none where mask_T is False; of no position where they were not recorded
     cu_seqlens: Tensor  # int32 [S+1]: padded segment offsets, of the whole; all divide by the alignment
     # With prompts of the teacher's own: the same rollouts after these, so the same loss positions in the same order.
@@ -86,6 +92,7 @@ def pack(
     alignment: int = 1,
     count_multiple: int = 1,
     loss_mask: LossMask | None = None,
+    starts: Sequence[int] | None = None,
 ) -> list[list[Microbatch]]:
     """Deal the rollouts to the data-parallel ranks and pack each rank's share into microbatches.
 
@@ -98,6 +105,8 @@ def pack(
     Rollouts without a loss position are left out. Where rollouts have a prompt of the teacher's own, the microbatches
     have a `teacher`, which keeps to the budget too.
 
+    `starts` are those of `response_starts` in a longer list that these rollouts are taken from (None: this list).
+
     Raises UserError naming `training.microbatch_tokens` when the budget is less than one rollout or than the
     alignment.
     """
@@ -106,13 +115,17 @@ def pack(
             f"training.microbatch_tokens = {token_budget} is too small for this parallel layout; set it to "
             f"{alignment} or more"
         )
-    masked = [(rollout, (loss_mask or LossMask()).of(rollout)) for rollout in rollouts]
-    kept = [(rollout, mask) for rollout, mask in masked if any(mask)]
-    for_teacher = [(_with_teacher_prompt(rollout), mask) for rollout, mask in kept]
-    own_prompts = any(rollout.teacher_prompt_ids for rollout, _ in kept)
+    starts = response_starts(rollouts) if starts is None else starts
+    masked = [
+        _Member(rollout, (loss_mask or LossMask()).of(rollout), start)
+        for rollout, start in zip(rollouts, starts, strict=True)
+    ]
+    kept = [member for member in masked if any(member.mask)]
+    for_teacher = [member._replace(rollout=_with_teacher_prompt(member.rollout)) for member in kept]
+    own_prompts = any(member.rollout.teacher_prompt_ids for member in kept)
     lengths = [
-        max(_padded_length(ours, alignment), _padded_length(theirs, alignment))
-        for (ours, _), (theirs, _) in zip(kept, for_teacher, strict=True)
+        max(_padded_length(ours.rollout, alignment), _padded_length(theirs.rollout, alignment))
+        for ours, theirs in zip(kept, for_teacher, strict=True)
     ]
     if lengths and max(lengths) > token_budget:
         raise UserError(
@@ -129,6 +142,11 @@ def pack(
         return replace(student, teacher=_build([for_teacher[i] for i in members], alignment))
 
     return [[build(members) for members in _spread(bins, lengths, count)] for bins in bins_by_rank]
+
+
+def response_starts(rollouts: Sequence[Rollout]) -> list[int]:
+    """How many response tokens the rollouts before each of them have."""
+    return list(accumulate((len(rollout.response_ids) for rollout in rollouts), initial=0))[:-1]
 
 
 def count_loss_tokens(microbatches: Iterable[Microbatch]) -> int:
@@ -208,16 +226,23 @@ def _halve(members: list[int], lengths: list[int]) -> list[list[int]]:
     return [[members[position] for position in half] for half in halves]
 
 
-def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microbatch:
-    """A microbatch of rollouts, each with the mask of its response."""
+class _Member(NamedTuple):
+    rollout: Rollout
+    mask: list[bool]  # of its response
+    start: int  # response tokens of the rollouts before it
+
+
+def _build(members: list[_Member], alignment: int) -> Microbatch:
+    """A microbatch of rollouts."""
     tokens: list[int] = []
     targets: list[int] = []
     mask: list[bool] = []
     padding: list[bool] = []
     logprobs: list[float] = []
     drawn: list[float] = []
-    lengths = [_padded_length(rollout, alignment) for rollout, _ in members]
-    for (rollout, kept), length in zip(members, lengths, strict=True):
+    places: list[tuple[int, int, int]] = []
+    lengths = [_padded_length(member.rollout, alignment) for member in members]
+    for (rollout, kept, start), length in zip(members, lengths, strict=True):
         inputs = rollout.prompt_ids + rollout.response_ids[:-1]
         first = len(rollout.prompt_ids) - 1  # the position that predicts the first response token
         tail = length - len(inputs)
@@ -227,11 +252,16 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
         padding += [False] * len(inputs) + [True] * tail
         logprobs += [0.0] * first + rollout.logprobs + [0.0] * tail
         drawn += [0.0] * first + rollout.drawn_logprobs + [0.0] * tail
+        count = len(rollout.response_ids)
+        places += [(0, 0, 0)] * first + [(i, count, start + i) for i in range(count)] + [(0, 0, 0)] * tail
     if not members:
         lengths, tokens, targets = [alignment], [0] * alignment, [0] * alignment
         mask, padding, logprobs = [False] * alignment, [True] * alignment, [0.0] * alignment
-        drawn = logprobs
+        drawn, places = logprobs, [(0, 0, 0)] * alignment
     mask_T = torch.tensor(mask, dtype=torch.bool)
+    place_T, length_T, number_T = (
+        torch.tensor(places, dtype=torch.int64).where(mask_T[:, None], 0).T.contiguous()
+    )
     return Microbatch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
         position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
@@ -240,17 +270,20 @@ def _build(members: list[tuple[Rollout, list[bool]]], alignment: int) -> Microba
         padding_T=torch.tensor(padding, dtype=torch.bool),
         rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32).where(mask_T, 0.0),
         drawn_logprobs_T=torch.tensor(drawn, dtype=torch.float32).where(mask_T, 0.0),
+        place_T=place_T,
+        length_T=length_T,
+        number_T=number_T,
         kept_T=_kept(members, mask_T),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
     )
 
 
-def _kept(members: list[tuple[Rollout, list[bool]]], mask_T: Tensor) -> KeptIds:
+def _kept(members: list[_Member], mask_T: Tensor) -> KeptIds:
     """The recorded ids where the mask is True; of no position where a rollout has none."""
-    if not all(len(rollout.kept_ids) for rollout, _ in members):
+    if not all(len(member.rollout.kept_ids) for member in members):
         return KeptIds.of()
     parts = []
-    for rollout, mask in members:
+    for rollout, mask, _ in members:
         drawn = torch.tensor(rollout.response_ids)
         assert rollout.kept_ids.hold(drawn).all(), "a token is drawn from the ids that were kept"
         parts.append(rollout.kept_ids.at(torch.tensor(mask).nonzero()[:, 0]))

@@ -4,7 +4,7 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from megatron_opd.errors import UserError
 from megatron_opd.objectives.kept_ids import KeptIds
 
-TEXT_FIELDS = {"prompt", "response"}  # written for people only
+READABLE_FIELDS = {"prompt", "response", "trace"}  # written for people and the report only
 OPTIONAL_FIELDS = {"drawn_logprobs", "kept_ids", "teacher_prompt_ids", "route"}  # where they say something
 
 
@@ -56,21 +56,28 @@ class Rollout:
 
 
 def write_rollouts(
-    path: Path, rollouts: Iterable[Rollout], *, decode: Callable[[list[int]], str] | None = None
+    path: Path,
+    rollouts: Iterable[Rollout],
+    *,
+    decode: Callable[[list[int]], str] | None = None,
+    traces: Sequence[Mapping[str, Sequence[float | None]]] = (),
 ) -> None:
     """Write one JSON object a line, aside and then renamed, so that a reader never meets half a file.
 
     Lossless: floats are written with the digits that read back as the same number, the kept ids as base64 of their
     compressed int32. With `decode` (token ids to text) every object also gets `prompt` and `response` as text, for
-    people; `read_rollouts` ignores them.
+    people, and with `traces`, one a rollout or for the first of them, a `trace`: lists with a number a response token.
+    `read_rollouts` ignores them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     with aside.open("w", encoding="utf-8") as file:
-        for rollout in rollouts:
+        for index, rollout in enumerate(rollouts):
             record = _record(rollout)
             if decode is not None:
                 record |= {"prompt": decode(rollout.prompt_ids), "response": decode(rollout.response_ids)}
+            if index < len(traces):
+                record["trace"] = traces[index]
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     os.replace(aside, path)
 
@@ -90,7 +97,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-            found = set(record) - TEXT_FIELDS if isinstance(record, dict) else set()
+            found = set(record) - READABLE_FIELDS if isinstance(record, dict) else set()
             if not known - OPTIONAL_FIELDS <= found <= known:
                 raise UserError(
                     f"{path}, line {number}: a rollout needs exactly the fields {sorted(known - OPTIONAL_FIELDS)}, and "

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_opd.data.jsonl import read_rows
-from megatron_opd.data.packing import Microbatch, count_tokens
+from megatron_opd.data.packing import Microbatch, count_tokens, response_starts
 from megatron_opd.data.prompts import LoadedPrompts, Prompt
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError
@@ -43,23 +43,25 @@ def routes_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def pack_by_route(
-    rollouts: Sequence[Rollout], pack: Callable[[Sequence[Rollout]], list[list[Microbatch]]]
+    rollouts: Sequence[Rollout], pack: Callable[..., list[list[Microbatch]]]
 ) -> tuple[list[list[Microbatch]], list[str]]:
     """Microbatches of one teacher's rollouts each, a list for each data-parallel rank; and their teachers by index.
 
-    `pack` packs the rollouts of one teacher. So the i-th microbatches of all ranks have the same teacher. Of each
-    teacher's lists the one with most tokens goes to the rank that has fewest so far.
+    `pack` packs the rollouts of one teacher, as `packing.pack` with its `starts`. So the i-th microbatches of all ranks
+    have the same teacher. Of each teacher's lists the one with most tokens goes to the rank that has fewest so far.
     """
     shares: dict[str, list[Rollout]] = {}
-    for rollout in rollouts:
+    starts: dict[str, list[int]] = {}
+    for rollout, start in zip(rollouts, response_starts(rollouts), strict=True):
         shares.setdefault(rollout.route, []).append(rollout)
+        starts.setdefault(rollout.route, []).append(start)
     if len(shares) < 2:
         packed = pack(rollouts)
         return packed, [*shares, ""][:1] * len(packed[0])
     of_ranks: list[list[Microbatch]] = []
     routes: list[str] = []
     for route in sorted(shares):
-        packed = sorted(pack(shares[route]), key=count_tokens, reverse=True)
+        packed = sorted(pack(shares[route], starts=starts[route]), key=count_tokens, reverse=True)
         of_ranks = of_ranks or [[] for _ in packed]
         for mine, more in zip(sorted(of_ranks, key=count_tokens), packed, strict=True):
             mine.extend(more)

@@ -87,12 +87,13 @@ class Objective:
         return self.served_at in (None, self.temperature)
 
     @property
-    def sum_names(self) -> tuple[str, ...]:
-        """The sums that `loss` returns, in order."""
+    def value_names(self) -> tuple[str, ...]:
+        """The values of each token that `loss` returns, in order."""
         distance = "reverse_kl_sampled" if self.served else "reverse_kl"
         names: tuple[str, ...] = ("loss", distance, "weight", "log_gap", "abs_log_gap")
         if not self.knows_gaps:
             names = ("loss", "weight")
+        names += ("student_logprob", "student_entropy", *([] if self.served else ["teacher_entropy"]))
         if self.sampled:
             names += ("clipped", "importance")
         if self.gate.kind != "none":
@@ -144,7 +145,7 @@ class Objective:
                 teacher_logprob=None if served is None else served.logprob,
                 rollout_logprob=None if self.policy.importance_cap is None else rollout_logprob_N,
                 importance_cap=self.policy.importance_cap,
-                entropies=self.gate.kind == "teacher_entropy",
+                entropies=True,
                 temperature=self.temperature,
                 vocab_size=vocab_size,
                 group=group,
@@ -160,6 +161,7 @@ class Objective:
             temperature=self.temperature,
             vocab_size=vocab_size,
             group=group,
+            entropies=True,
             check=check,
             inplace_backward=inplace_backward,
             chunk_size=chunk_size,
@@ -182,7 +184,7 @@ class Objective:
         progress: float = 0.0,
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed loss, and sums for the metrics.
+        """The summed loss, and what the metrics say of each token.
 
         Args:
             stats: of N positions, from `token_stats`.
@@ -200,8 +202,8 @@ class Objective:
 
         Returns:
             sum_t mask_t * w_t * estimator_t, a scalar with a gradient, not divided by anything: the caller
-            scales it by 1 / M with M the unmasked response tokens of the whole optimizer update. And detached
-            float64 scalars under `sum_names`, each summed over the unmasked tokens.
+            scales it by 1 / M with M the unmasked response tokens of the whole optimizer update. And under
+            `value_names` [N] each, float64 and detached, 0 where masked.
         """
         assert stats.student_logprob is not None
         mask_N = mask_T[positions_N]
@@ -228,9 +230,13 @@ class Objective:
             "weight": weights_N,
             "log_gap": gap_N,
             "abs_log_gap": gap_N.abs(),
+            "student_logprob": old_N,
+            "student_entropy": stats.student_entropy,
+            "teacher_entropy": stats.teacher_entropy,
         }
-        sums = {name: _masked_sum(values[name], mask_N) for name in self.sum_names}
-        return (weights_N * estimator_N).sum(), sums
+        return (weights_N * estimator_N).sum(), {
+            name: _masked(values[name], mask_N) for name in self.value_names
+        }
 
     def _along_responses(
         self,
@@ -326,7 +332,7 @@ class Objective:
         return teacher_entropy_gate(stats.teacher_entropy, self.gate.threshold)
 
 
-def _masked_sum(values_N: Tensor | None, mask_N: Tensor) -> Tensor:
-    """Detached float64 sum over the unmasked tokens."""
+def _masked(values_N: Tensor | None, mask_N: Tensor) -> Tensor:
+    """Detached, float64, 0 where masked."""
     assert values_N is not None
-    return values_N.detach().double().where(mask_N, 0.0).sum()
+    return values_N.detach().double().where(mask_N, 0.0)

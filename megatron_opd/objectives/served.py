@@ -89,12 +89,13 @@ def served_logprobs(
 def sampled_stats(
     student: Tensor | LinearLogits, served: ServedLogprobs, targets: Tensor, request: Request
 ) -> TokenStats:
-    """Log-probabilities of the sampled tokens alone. One all-gather forward of 3 numbers per token and rank."""
+    """Log-probabilities of the sampled tokens alone. One all-gather forward of 3 numbers per token and rank, 4 with
+    the student's entropy."""
     compared = compare(student, None, targets, None, replace(request, kind="logprob"))
     assert compared.student_logprob is not None
     teacher_logprob_N = served.logprob.to(compared.student_logprob.device)
     estimate_N = compared.student_logprob.detach() - teacher_logprob_N
-    return TokenStats(estimate_N, compared.student_logprob, teacher_logprob_N)
+    return TokenStats(estimate_N, compared.student_logprob, teacher_logprob_N, compared.student_entropy)
 
 
 def without_scale(stats: TokenStats) -> TokenStats:

@@ -300,15 +300,13 @@ def _objective(setting: Setting, passes: float) -> Iterator[Traffic]:
     section, pack = setting.objective, setting.workload.pack
     tokens = pack.loss_tokens // setting.layout.context
     kind = "reverse_kl" if section.sampled else section.divergence
-    rows = [7 + (kind == "forward_kl")]
+    rows = [9 + (kind == "forward_kl")]
     if section.served:
-        rows = [3 + section.k if section.support != "full" else 3]
+        rows = [4 + section.k if section.support != "full" else 4]
     elif section.support != "full":
-        rows = [7 + 3 * section.k]
+        rows = [9 + 3 * section.k]
     elif kind == "jsd":
-        rows = [7, 2]
-    if section.support != "full" and section.gate.kind == "teacher_entropy":
-        rows[0] += 2
+        rows = [9, 2]
     for count in rows:
         size = _FP32 * count * tokens * setting.layout.tensor
         yield _calls(setting, "training", "tp", "all_gather", passes, size)

@@ -12,9 +12,12 @@ from megatron_opd.data.rollouts import Rollout
 from megatron_opd.errors import UserError, why_refused
 from megatron_opd.report.ledger import Ledger
 from megatron_opd.report.metrics import MetricsWriter, read_metrics
+from megatron_opd.report.page import REPORT_FILE, write_report
 from megatron_opd.report.plot import plot_curve
+from megatron_opd.report.positions import POSITIONS_FILE, Diagnostics
 from megatron_opd.report.progress import TrainingProgress
 from megatron_opd.report.samples import set_samples_aside, write_samples
+from megatron_opd.report.step_lines import StepLines
 
 HELDOUT = {
     "eval/reverse_kl": "held-out reverse KL",
@@ -38,8 +41,8 @@ class RunLog:
     """Records the steps of a run in its directory. A context manager; on ranks other than 0 it does nothing.
 
     `start` is the step that the run resumes from (0: anew); what an earlier life of the run recorded after it no
-    longer counts: its metrics, ledger and samples are set aside, the samples of its evaluations removed. `decode`
-    turns token ids into text.
+    longer counts: its metrics, ledger, positions and samples are set aside, the samples of its evaluations removed.
+    `decode` turns token ids into text.
 
     Every method raises UserError when the disk is full or cannot be written.
     """
@@ -56,6 +59,7 @@ class RunLog:
         with self._writing():
             self._metrics = MetricsWriter(run_dir, start or None)
             self._ledger = Ledger(run_dir, start)
+            self._positions = StepLines(run_dir / POSITIONS_FILE, start)
             set_samples_aside(run_dir, start)
             for path in (run_dir / "evaluation").glob("step_*"):
                 if int(path.name.removeprefix("step_")) > start:
@@ -75,14 +79,21 @@ class RunLog:
             with self._writing() if error is None else suppress(OSError):
                 self._metrics.close()
                 self._ledger.close()
+                self._positions.close()
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
         if self.enabled:
             self._progress.say(line)
 
-    def record(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout] = ()) -> None:
-        """Append a step's metrics, enter its rollouts in the ledger and keep a sample of them.
+    def record(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        rollouts: Sequence[Rollout] = (),
+        diagnostics: Diagnostics | None = None,
+    ) -> None:
+        """Append a step's metrics and what is known of it by position, enter its rollouts in the ledger, keep a sample.
 
         Step 0 is the state before training.
         """
@@ -92,7 +103,10 @@ class RunLog:
             self._metrics.log(step, values)
             if step > 0:
                 self._ledger.log(step, rollouts)
-                write_samples(self.run_dir, step, rollouts, decode=self._decode)
+                seen = diagnostics or Diagnostics()
+                write_samples(self.run_dir, step, rollouts, decode=self._decode, traces=seen.traces)
+                if seen.positions is not None:
+                    self._positions.append({"step": step, **seen.positions})
         if step > 0:
             self._progress.update(step, values)
         if values.get("skipped"):
@@ -104,7 +118,7 @@ class RunLog:
             self.say(f"step {step}: {line}")
 
     def summarise(self, *, checkpoint: Path, export: Path | None) -> None:
-        """Draw the curve and print what the run achieved and where its outputs are."""
+        """Draw the curve, write the report and print what the run achieved and where its outputs are."""
         if not self.enabled:
             return
         rows = read_metrics(self.run_dir)
@@ -115,10 +129,11 @@ class RunLog:
         skipped = sum(row.get("skipped", 0) for row in rows)
         if skipped:
             self.say(f"skipped updates: {skipped}")
-        curve = None
+        curve = page = None
         if any(row.get("loss") is not None for row in rows):
             with self._writing():
                 curve = plot_curve(self.run_dir)
+            page = self._report()
         else:
             self.say(
                 "no step had a token that enters the loss: see objective.mask and rollout.max_new_tokens"
@@ -131,11 +146,23 @@ class RunLog:
             "TensorBoard": self.run_dir / "tensorboard",
             "samples": self.run_dir / "rollouts",
             "curve": curve,
+            "report": page,
         }
         self.say("─" * min(width, 80))
         for name, path in outputs.items():
             if path is not None:
                 self.say(f"{name:>12}  {path}")
+
+    def _report(self) -> Path | None:
+        """Write the report; what keeps it from being written is told and ends nothing, for the training is done."""
+        page = self.run_dir / REPORT_FILE
+        try:
+            with self._writing():
+                write_report([self.run_dir], page, self._decode)
+        except UserError as error:
+            self.say(f"no report: {error}")
+            return None
+        return page
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """rollouts/step_....jsonl: some rollouts of every step, for people to read."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_opd.data.rollouts import Rollout, write_rollouts
@@ -11,10 +11,16 @@ _PREFIX = "step_"
 
 
 def write_samples(
-    run_dir: Path, step: int, rollouts: Sequence[Rollout], *, decode: Callable[[list[int]], str]
+    run_dir: Path,
+    step: int,
+    rollouts: Sequence[Rollout],
+    *,
+    decode: Callable[[list[int]], str],
+    traces: Sequence[Mapping[str, Sequence[float | None]]] = (),
 ) -> None:
-    """Write the first rollouts of a step, with the texts that `decode` makes of token ids."""
-    write_rollouts(_folder(run_dir) / f"{_PREFIX}{step:08d}.jsonl", rollouts[:SAMPLES], decode=decode)
+    """Write the first rollouts of a step, with the texts that `decode` makes of token ids, and their `traces`."""
+    path = _folder(run_dir) / f"{_PREFIX}{step:08d}.jsonl"
+    write_rollouts(path, rollouts[:SAMPLES], decode=decode, traces=traces)
 
 
 def set_samples_aside(run_dir: Path, last_kept: int) -> None:

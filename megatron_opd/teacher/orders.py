@@ -92,6 +92,8 @@ class Orders:
 
 
 def _input_of(microbatch: Microbatch) -> Microbatch:
-    """With one number in the place of all log-probs."""
-    zeros = microbatch.rollout_logprobs_T.new_zeros(1).expand(len(microbatch.tokens_T))
-    return replace(microbatch, rollout_logprobs_T=zeros, drawn_logprobs_T=zeros, kept_T=KeptIds.of())
+    """With one number in the place of all that no teacher reads."""
+    names = ("rollout_logprobs_T", "drawn_logprobs_T", "place_T", "length_T", "number_T")
+    count = len(microbatch.tokens_T)
+    zeros = {name: getattr(microbatch, name).new_zeros(1).expand(count) for name in names}
+    return replace(microbatch, kept_T=KeptIds.of(), **zeros)

@@ -32,6 +32,7 @@ from megatron_opd.objectives import Objective
 from megatron_opd.parallel import cpu
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.preflight import Checked, check_before_start, check_offload
+from megatron_opd.report.samples import SAMPLES
 from megatron_opd.rollout.local import LocalEngine
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
@@ -114,7 +115,8 @@ class Job:
         ]
         updates = []
         for number, share in enumerate(shares):
-            update = self.packed(share, self.texts.mask)
+            lengths = [len(rollout.response_ids) for rollout in share[:SAMPLES]]
+            update = replace(self.packed(share, self.texts.mask), lengths=lengths)
             if update.scale.loss_tokens > 0:
                 update = replace(
                     update,
@@ -179,10 +181,10 @@ class Job:
         """Move the student by one update, and the average after it; one without loss tokens is skipped on all ranks
         alike."""
         if update.scale.loss_tokens == 0:
-            return Outcome({}, 0.0, applied=False)
+            return Outcome(None, 0.0, applied=False)
         self.student.zero_grad()
-        sums = self.objective.run(self.student.ddps, update, progress=progress)
-        outcome = Outcome(sums, *self.student.apply_gradients())
+        measured = self.objective.run(self.student.ddps, update, progress=progress)
+        outcome = Outcome(measured, *self.student.apply_gradients())
         if outcome.applied and self.average is not None:
             self.average.follow(self.student)
         return outcome
@@ -207,7 +209,7 @@ class Job:
         heldout = self.packed(rollouts)
         heldout = replace(heldout, payloads=self.teacher_payloads(heldout, evaluation=True))
         plain = replace(self.objective, objective=measure)
-        sums = plain.run(self.student.ddps, heldout, forward_only=True)
+        sums = plain.run(self.student.ddps, heldout, forward_only=True).sums
         tokens = heldout.scale.loss_tokens
         return {name: sums[name] / tokens, **per_teacher([sums])}, tokens
 

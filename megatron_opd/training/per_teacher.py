@@ -22,19 +22,19 @@ def sum_names(teachers: Sequence[str], objective: Sequence[str]) -> list[str]:
     return [f"teacher/{teacher}/{name}" for teacher in teachers for name in counted]
 
 
-def add_sums(
-    sums: dict[str, Tensor], found: Mapping[str, Tensor], payload: TeacherPayload, mask_T: Tensor
-) -> None:
-    """Add to a microbatch's sums what was `found` with one teacher's payload, weighted; and its own sums, as they are.
+def add_values(values: dict[str, Tensor], found: Mapping[str, Tensor], payload: TeacherPayload) -> None:
+    """Add to the values [N] of a microbatch's tokens what was `found` with one teacher's payload, weighted."""
+    for name, value_N in found.items():
+        values[name] = values.get(name, 0.0) + weight_of(payload) * value_N
 
-    mask_T are the loss positions.
-    """
-    for name, value in found.items():
-        sums[name] = sums.get(name, 0.0) + weight_of(payload) * value
-    if isinstance(payload, Part):
-        own = {name: found[name] for name in DISTANCES if name in found}
-        own["tokens"] = mask_T.sum(dtype=torch.float64)
-        sums |= {f"teacher/{payload.teacher}/{name}": value for name, value in own.items()}
+
+def own_sums(found: Mapping[str, Tensor], payload: TeacherPayload, mask_T: Tensor) -> dict[str, Tensor]:
+    """One of several teachers' own sums of a microbatch with loss positions mask_T; of a teacher alone none."""
+    if not isinstance(payload, Part):
+        return {}
+    own = {name: found[name].sum() for name in DISTANCES if name in found}
+    own["tokens"] = mask_T.sum(dtype=torch.float64)
+    return {f"teacher/{payload.teacher}/{name}": value for name, value in own.items()}
 
 
 def per_teacher(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -24,10 +24,18 @@ from megatron_opd.models.gpt import GPT, packed_forward
 from megatron_opd.models.lm_head import logits_shard, select_positions
 from megatron_opd.objectives import LinearLogits, Objective, TokenStats
 from megatron_opd.parallel.schedule import run_schedule
+from megatron_opd.report.positions import Diagnostics
 from megatron_opd.teacher.payload import Mixture, TeacherPayload, weight_of
 from megatron_opd.teacher.teacher import Teacher
 from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, step_agreement
-from megatron_opd.training.per_teacher import add_sums, is_of_one, per_teacher, sum_names
+from megatron_opd.training.per_teacher import add_values, is_of_one, own_sums, per_teacher, sum_names
+from megatron_opd.training.positions import (
+    TRACED_TOKENS,
+    PositionSums,
+    token_trace,
+    trace_size,
+    traces_of,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,12 @@ class Update:
     moved: bool = False  # the student moves after it was scored and before this update
     whole: Sequence[Sequence[Microbatch]] = ()  # the whole microbatches of all data-parallel ranks
     routes: Sequence[str] = ()  # of routed prompts, each microbatch's teacher
+    lengths: Sequence[int] = ()  # response tokens of its first rollouts, whose tokens are recorded one by one
+
+    @property
+    def traced(self) -> int:
+        """How many tokens that are."""
+        return min(sum(self.lengths), TRACED_TOKENS)
 
     def rows(self) -> list[tuple[Microbatch, Any, Tensor | None, Tensor | None]]:
         """(microbatch, payload, old log-probs, reference log-probs), one a microbatch."""
@@ -75,6 +89,15 @@ class Update:
                 strict=True,
             )
         )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass says of all tokens of an update, the same on every rank."""
+
+    sums: dict[str, float]  # of the objective's values and of `agreement`, with its maxima
+    by_position: Tensor  # of `PositionSums`, float64 on the CPU
+    trace: Tensor  # of `token_trace`, float64 on the CPU
 
 
 @dataclass(frozen=True)
@@ -97,8 +120,8 @@ class ObjectivePass:
         *,
         progress: float = 0.0,
         forward_only: bool = False,
-    ) -> dict[str, float]:
-        """Sums over the whole update of the objective's statistics and of `agreement`, with its maxima, on every rank.
+    ) -> Measured:
+        """Sums over the whole update, as a whole and by position, and the values of its first `traced` tokens.
 
         Unless `forward_only`, the gradients of the update's mean loss are accumulated, reduced and normalised in
         `chunks` (the DDP wrappers). `progress` is how much of the training is done, 0 to 1. Collectives besides those
@@ -116,17 +139,22 @@ class ObjectivePass:
                 microbatch.padding_T,
             )
 
-            def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                loss_sum, sums = self._loss(
-                    output_T1H, microbatch, *scored, progress=progress, moved=update.moved
+            def loss_func(output_T1H: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+                loss_sum, sums, largest = self._loss(
+                    output_T1H,
+                    microbatch,
+                    *scored,
+                    progress=progress,
+                    moved=update.moved,
+                    traced=update.traced,
                 )
                 tokens = (~microbatch.padding_T).sum(dtype=torch.int)
-                return loss_sum * (scale.tokens / scale.loss_tokens), tokens, sums
+                return loss_sum * (scale.tokens / scale.loss_tokens), tokens, (sums, largest)
 
             return hidden_T1H, loss_func
 
         logs = run_schedule(forward_step, update.rows(), chunks, self.groups, forward_only=forward_only)
-        return self._reduce(logs)
+        return self._reduce(logs, update.traced)
 
     def _loss(
         self,
@@ -138,17 +166,19 @@ class ObjectivePass:
         *,
         progress: float,
         moved: bool,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss sum of one microbatch and its statistics, on the last stage; logits exist at response tokens only.
+        traced: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss sum, what `_reduce` sums, `MAXIMA`) of one microbatch, on the last stage.
 
-        Of several teachers it is the weighted sum of the losses with each of them alone.
+        Logits exist at response tokens only. Of several teachers the loss is the weighted sum of the losses with each
+        of them alone, and so is every value of a token.
         """
         positions_N = microbatch.mask_T.nonzero()[:, 0]
         student = student_logits(
             self.gpt, hidden_T1H, positions_N, self.groups, chunked=self.head_chunk is not None
         )
         parts = payload.parts if isinstance(payload, Mixture) else (payload,)
-        losses, sums = [], dict[str, Tensor]()
+        losses, values, sums = [], dict[str, Tensor](), dict[str, Tensor]()
         for part in parts:
             stats = self._token_stats(student, microbatch, part, positions_N, only=len(parts) == 1)
             loss, found = self.objective.loss(
@@ -163,12 +193,21 @@ class ObjectivePass:
                 group=self.groups.cp,
             )
             losses.append(weight_of(part) * loss)
-            add_sums(sums, found, part, microbatch.mask_T)
+            add_values(values, found, part)
+            sums |= own_sums(found, part, microbatch.mask_T)
         scored_N = stats.student_logprob if old_logprob_N is None and not moved else old_logprob_N
         drawn = self.objective.kept_ids_only
         rollout_T = microbatch.drawn_logprobs_T if drawn else microbatch.rollout_logprobs_T
         compared = agreement(scored_N, rollout_T[positions_N], self.mismatch_threshold)
-        return torch.stack(losses).sum(), {**sums, **compared}
+        sums |= compared | {name: values[name].sum() for name in self.objective.value_names}
+        nothing = values["loss"].new_zeros(())  # of a teacher that did not score this microbatch
+        vectors = (
+            torch.stack([sums.get(name, nothing) for name in self._sum_names]),
+            self.positions.of(values, microbatch.place_T[positions_N], microbatch.length_T[positions_N]),
+            token_trace(values, microbatch.number_T[positions_N], traced),
+        )
+        largest = torch.stack([compared[name] for name in MAXIMA])
+        return torch.stack(losses).sum(), torch.cat(vectors), largest
 
     def _token_stats(
         self,
@@ -202,30 +241,41 @@ class ObjectivePass:
                 f"objective.check: {error} of a microbatch; look at that model's weights"
             ) from None
 
-    def _reduce(self, logs: list[dict[str, Tensor]]) -> dict[str, float]:
+    @property
+    def positions(self) -> PositionSums:
+        """What is summed by position."""
+        return PositionSums(self.objective.value_names)
+
+    @property
+    def _sum_names(self) -> tuple[str, ...]:
+        of_objective = self.objective.value_names
+        return (*of_objective, *SUMS, *sum_names(self.teacher.names, of_objective))
+
+    def _reduce(self, logs: list[tuple[Tensor, Tensor]], traced: int) -> Measured:
         """Sum the microbatches' statistics over pipeline stages (only the last has any) and data x context ranks.
 
         Of `MAXIMA` it is the largest.
         """
-        of_objective = self.objective.sum_names
-        names = (*of_objective, *SUMS, *sum_names(self.teacher.names, of_objective))
-        total = torch.zeros(len(names), dtype=torch.float64, device=next(self.gpt.parameters()).device)
+        names = self._sum_names
+        sizes = [len(names), self.positions.size, trace_size(traced)]
+        total = torch.zeros(sum(sizes), dtype=torch.float64, device=next(self.gpt.parameters()).device)
         largest = total.new_zeros(len(MAXIMA))
-        nothing = total.new_zeros(())  # a teacher that did not score this microbatch
-        for sums in logs:
-            total += torch.stack([sums.get(name, nothing).double() for name in names])
-            largest = largest.maximum(torch.stack([sums[name] for name in MAXIMA]))
+        for sums, maxima in logs:
+            total += sums
+            largest = largest.maximum(maxima)
         for group in (self.groups.pp, self.groups.dp_cp):
             dist.all_reduce(total, group=group)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        return dict(zip((*names, *MAXIMA), (*total.tolist(), *largest.tolist()), strict=True))
+        scalars, by_position, trace = total.cpu().split(sizes)
+        values = (*scalars.tolist(), *largest.tolist())
+        return Measured(dict(zip((*names, *MAXIMA), values, strict=True)), by_position, trace)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update came to: what `run` returns (empty without tokens), gradient norm, whether it was applied."""
+    """What an update came to: what `run` returns (None without tokens), gradient norm, whether it was applied."""
 
-    sums: dict[str, float]
+    measured: Measured | None
     grad_norm: float
     applied: bool
 
@@ -235,11 +285,24 @@ def means_over_tokens(outcomes: Sequence[Outcome], tokens: int) -> dict[str, flo
 
     Those of `agreement` are over the tokens that could be compared, those of several teachers over their own.
     """
-    with_tokens = [outcome.sums for outcome in outcomes if outcome.sums]
+    with_tokens = [outcome.measured.sums for outcome in outcomes if outcome.measured is not None]
     others = {name for sums in with_tokens for name in sums if name in (*SUMS, *MAXIMA) or is_of_one(name)}
     names = [name for name in (with_tokens or [{}])[0] if name not in others]
     means = {name: sum(sums[name] for sums in with_tokens) / tokens for name in names}
     return means | per_teacher(with_tokens) | step_agreement(with_tokens)
+
+
+def diagnostics_of(
+    outcomes: Sequence[Outcome], updates: Sequence[Update], positions: PositionSums
+) -> Diagnostics:
+    """Of several updates together: everything by position, and the traces of their first rollouts."""
+    measured = [outcome.measured for outcome in outcomes]
+    found = [each.by_position for each in measured if each is not None]
+    traces = []
+    for each, update in zip(measured, updates, strict=True):
+        trace = torch.zeros(trace_size(0)) if each is None else each.trace
+        traces += traces_of(trace, positions.names, update.lengths)
+    return Diagnostics(positions.row(torch.stack(found).sum(0)) if found else None, traces)
 
 
 def student_logits(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opd.data.packing import count_loss_tokens, count_tokens, pack
+from megatron_opd.data.packing import count_loss_tokens, count_tokens, pack, response_starts
 from megatron_opd.data.prompts import LoadedPrompts
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.routes import check_all_teach, pack_by_route, routed, routes_digest
@@ -70,6 +70,12 @@ def test_microbatches_hold_one_teachers_rollouts(rollouts: list[Rollout], ranks:
     assert [len(rank) for rank in packed] == [len(routes)] * ranks
     expected = [rollout for rollout in rollouts if rollout.response_ids]
     assert loss_positions_of(packed) == loss_positions_of(pack_one(expected))
+    starts = response_starts(rollouts)
+    for microbatch in (microbatch for rank in packed for microbatch in rank):
+        for t in microbatch.mask_T.nonzero()[:, 0].tolist():
+            index, place = int(microbatch.targets_T[t]) - 1, int(microbatch.place_T[t])
+            assert microbatch.number_T[t] == starts[index] + place, "its number in the whole list"
+            assert microbatch.length_T[t] == len(rollouts[index].response_ids) > place
     for route in set(routes):
         numbers = [i for i, name in enumerate(routes) if name == route]
         assert len(numbers) % multiple == 0

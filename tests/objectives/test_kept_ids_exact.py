@@ -282,7 +282,9 @@ def test_importance_of_rollouts_from_a_cut(kept_ids_only: bool) -> None:
     objective = Objective("policy_gradient", kept_ids_only=kept_ids_only)
     stats = objective.token_stats(student, teacher, targets, kept=kept)
     mask = torch.ones(200, dtype=torch.bool)
-    _, sums = objective.loss(stats, torch.arange(200), mask, torch.tensor([0, 200]), rollout_logprob_N=drawn)
+    _, values = objective.loss(
+        stats, torch.arange(200), mask, torch.tensor([0, 200]), rollout_logprob_N=drawn
+    )
     assert mass.max() < 1.0 and mass.mean() < 0.99
     expected = 200.0 if kept_ids_only else mass.sum().item()
-    assert sums["importance"].item() == pytest.approx(expected, rel=1e-12)
+    assert values["importance"].sum().item() == pytest.approx(expected, rel=1e-12)

@@ -116,7 +116,7 @@ def run(objective: Objective, tensor: int, off_policy: bool, everywhere: bool) -
         group=tp,
     )
     with recorded_traffic() as calls:
-        loss, sums = objective.loss(
+        loss, values = objective.loss(
             stats,
             positions,
             mask,
@@ -129,6 +129,7 @@ def run(objective: Objective, tensor: int, off_policy: bool, everywhere: bool) -
         )
     loss.backward()
     assert shard.grad is not None
+    sums = {name: value_N.sum() for name, value_N in values.items()}
     return loss.detach(), sums, mine, columns, shard.grad, len(calls)
 
 
@@ -167,10 +168,10 @@ def test_equals_reference(gloo: GlooPools, name: str, tensor: int, context: int,
     torch.testing.assert_close(summed, truth.detach(), rtol=1e-10, atol=1e-10)
     looks_along = objective.token_weight.kind != "uniform" or objective.policy.discount > 0
     assert {result[5] for result in results} == {int(context > 1 and looks_along)}
-    assert all(tuple(result[1]) == objective.sum_names for result in results)
+    assert all(tuple(result[1]) == objective.value_names for result in results)
 
 
-def test_sums(gloo: GlooPools) -> None:
+def test_values(gloo: GlooPools) -> None:
     inputs = packed_inputs(off_policy=False)
     stats = reference.vocab_parallel_divergence(
         inputs["student"], inputs["teacher"], targets=inputs["targets"], temperature=1.3, vocab_size=VOCAB
@@ -184,6 +185,8 @@ def test_sums(gloo: GlooPools) -> None:
         "log_gap": stats.log_gap[MASK].sum().item(),
         "abs_log_gap": stats.log_gap[MASK].abs().sum().item(),
     }
+    for name in ("student_logprob", "student_entropy", "teacher_entropy"):
+        expected[name] = getattr(stats, name)[MASK].sum().item()
     assert expected["weight"] == pytest.approx(11.0)
     for everywhere in (False, True):
         _, sums, *_ = gloo(1, run, OBJECTIVES["unit mean"], 1, False, everywhere)[0]
@@ -202,7 +205,7 @@ def test_masked_positions_may_hold_nan(name: str) -> None:
         objective = OBJECTIVES[name]
         stats = objective.token_stats(student, teacher, inputs["targets"], vocab_size=VOCAB)
         positions = torch.arange(len(MASK))
-        loss, sums = objective.loss(
+        loss, values = objective.loss(
             stats,
             positions,
             MASK,
@@ -211,7 +214,7 @@ def test_masked_positions_may_hold_nan(name: str) -> None:
             reference_logprob_N=torch.where(MASK, inputs["reference"], value),
         )
         (gradient,) = torch.autograd.grad(loss, student)
-        results.append((loss, sums, gradient[MASK]))
+        results.append((loss, values, gradient[MASK]))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
@@ -221,12 +224,12 @@ def test_empty_microbatch(name: str) -> None:
     shard = torch.randn(8, 5, requires_grad=True)
     positions, mask = torch.zeros(0, dtype=torch.int64), torch.zeros(8, dtype=torch.bool)
     stats = objective.token_stats(shard[positions], torch.zeros(0, 5), positions)
-    loss, sums = objective.loss(
+    loss, values = objective.loss(
         stats, positions, mask, torch.tensor([0, 8]), reference_logprob_N=torch.zeros(0)
     )
     (gradient,) = torch.autograd.grad(loss, shard)
     assert loss.item() == 0.0 and (gradient == 0.0).all()
-    assert all(value.item() == 0.0 for value in sums.values())
+    assert all(value_N.shape == (0,) for value_N in values.values())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -264,10 +267,10 @@ def test_teacher_equal_to_student_teaches_nothing() -> None:
             continue  # not a divergence; a reference policy that is another model
         student = inputs["student"].clone().requires_grad_()
         stats = objective.token_stats(student, inputs["student"], inputs["targets"], vocab_size=VOCAB)
-        loss, sums = objective.loss(stats, torch.arange(len(MASK)), MASK, CU_SEQLENS)
+        loss, values = objective.loss(stats, torch.arange(len(MASK)), MASK, CU_SEQLENS)
         (gradient,) = torch.autograd.grad(loss, student)
         assert abs(loss.item()) < 1e-13 and gradient.abs().max() < 1e-13, name
-        assert sums["abs_log_gap"].item() < 1e-12
+        assert values["abs_log_gap"].sum().item() < 1e-12
 
 
 def test_gates_at_their_ends_are_opd_and_topk_forward_kl() -> None:

@@ -52,10 +52,10 @@ def loss_of(objective: Objective, *, served: bool) -> tuple[dict[str, float], to
             ids = model.detach().topk(K).indices
         teacher = serve(logits_t, targets, ids)
     stats = objective.token_stats(student, teacher, targets)
-    loss, sums = objective.loss(stats, torch.arange(N), MASK, OFFSETS)
+    loss, values = objective.loss(stats, torch.arange(N), MASK, OFFSETS)
     loss.backward()
     assert student.grad is not None
-    return {name: float(value) for name, value in sums.items()}, student.grad
+    return {name: float(value_N.sum()) for name, value_N in values.items()}, student.grad
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_the_logits(settings: dict[str, Any]) -> 
     torch.testing.assert_close(found, gradient, atol=1e-12, rtol=1e-9)
     known = set(sums) - {"reverse_kl_sampled"}
     assert {name: sums[name] for name in known} == pytest.approx({name: expected[name] for name in known})
-    unknown = {"reverse_kl"}
+    unknown = {"reverse_kl", "teacher_entropy"}
     if settings.get("temperature", 1.0) == 1.0:
         assert sums["reverse_kl_sampled"] == pytest.approx(-expected["log_gap"])
     else:
@@ -88,9 +88,9 @@ def test_loss_and_gradient_are_those_of_the_logits(settings: dict[str, Any]) -> 
     assert set(expected) - set(sums) == unknown
 
 
-def test_the_names_of_the_sums_are_known_before_them() -> None:
+def test_the_names_of_the_values_are_known_before_them() -> None:
     for objective in (Objective(served_at=1.0, **TOPK), Objective(served_at=1.0, temperature=0.5, **TOPK)):
-        assert tuple(loss_of(objective, served=True)[0]) == objective.sum_names
+        assert tuple(loss_of(objective, served=True)[0]) == objective.value_names
 
 
 @pytest.mark.parametrize(
@@ -147,14 +147,14 @@ def test_log_probs_at_the_temperature_of_the_rollouts_are_as_good_as_logits(sett
     k = K if "support" in settings else 0
     served = served_logprobs(teacher, targets, k, temperature=0.7)
     objective = Objective(temperature=0.7, served_at=0.7, **settings)
-    loss, sums = objective.loss(
+    loss, values = objective.loss(
         objective.token_stats(student, served, targets), torch.arange(N), MASK, OFFSETS
     )
     loss.backward()
     torch.testing.assert_close(student.grad, gradient, atol=1e-12, rtol=1e-9)
-    assert set(expected) - set(sums) == {"reverse_kl"}
-    for name in set(sums) - {"reverse_kl_sampled"}:
-        assert float(sums[name]) == pytest.approx(expected[name], abs=1e-12), name
+    assert set(expected) - set(values) == {"reverse_kl", "teacher_entropy"}
+    for name in set(values) - {"reverse_kl_sampled"}:
+        assert float(values[name].sum()) == pytest.approx(expected[name], abs=1e-12), name
 
 
 def test_a_teacher_that_is_nan_is_named_where_logits_are_judged() -> None:

@@ -13,7 +13,7 @@ from tests.plan.runs import config, ranks_of, setting_of
 from tools.bench.plan_check import Built, Sizes
 from tools.bench.traffic import by_group, group_names, recorded_traffic
 
-SMALL = 4096  # bytes: counts, norms and shapes, which the plan leaves out
+SMALL = 8192  # bytes: metrics, norms and shapes, which the plan leaves out
 SP = {"parallel__tensor": 2, "parallel__sequence_parallel": True}
 RUNS: dict[str, dict[str, Any]] = {
     "TP2": {"parallel__tensor": 2},

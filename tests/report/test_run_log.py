@@ -1,15 +1,18 @@
 """The run log on a disk that is full or cannot be written: one line that says so, no traceback."""
 
 import errno
+import json
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from megatron_opd.data.rollouts import Rollout
+from megatron_opd.data.rollouts import Rollout, read_rollouts
 from megatron_opd.errors import UserError
+from megatron_opd.report.positions import POSITIONS_FILE, Diagnostics
 from megatron_opd.report.run_log import RunLog, task_lines
+from megatron_opd.report.step_lines import read_steps
 
 ROW = {"loss": 1.0, "reverse_kl": 0.5}
 ROLLOUT = Rollout("0@0", 0, [1], [2], [-0.5], "length", 0)
@@ -42,6 +45,26 @@ def test_a_sound_disk_takes_everything(tmp_path: Path) -> None:
         log.summarise(checkpoint=tmp_path / "latest", export=None)
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert {"metrics.jsonl", "rollouts/step_00000001.jsonl", "rollouts/ledger.jsonl", "curve.png"} <= written
+
+
+def test_a_step_leaves_what_is_known_of_its_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = Diagnostics({"relative": {"tokens": [1]}, "absolute": {"tokens": [1]}}, [{"weight": [0.5]}])
+    with open_log(tmp_path) as log:
+        log.record(1, ROW, [ROLLOUT, ROLLOUT], seen)
+        log.record(2, ROW, [ROLLOUT])
+        log.summarise(checkpoint=tmp_path / "latest", export=None)
+    assert read_steps(tmp_path / POSITIONS_FILE) == [{"step": 1, **(seen.positions or {})}]
+    samples = (tmp_path / "rollouts" / "step_00000001.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("trace") for line in samples] == [{"weight": [0.5]}, None]
+    assert read_rollouts(tmp_path / "rollouts" / "step_00000001.jsonl") == [ROLLOUT, ROLLOUT]
+    said = capsys.readouterr().out  # this run has no settings
+    assert f"no report: {tmp_path}: not the directory of a training" in said and "curve.png" in said
+    with RunLog(tmp_path, start=1, steps=3, enabled=True, decode=str) as log:
+        log.record(2, ROW, [ROLLOUT], seen)
+    with RunLog(tmp_path, start=1, steps=3, enabled=True, decode=str):
+        assert [row["step"] for row in read_steps(tmp_path / POSITIONS_FILE)] == [1]
 
 
 def test_what_a_served_teacher_lets_one_know_is_told_and_drawn(

@@ -108,7 +108,7 @@ def test_a_finished_run_is_not_trained_again_but_summarised(calls, monkeypatch, 
     assert "finished already; to start afresh: rm -r runs/quickstart" in shown
     assert f"2.00 before, 0.50 after {config.training.steps} steps" in shown
     assert all(who in shown for who in ("student before", "student after", "teacher"))
-    for where in ("checkpoints/latest", "hf", "metrics.jsonl", "curve.png", "tensorboard"):
+    for where in ("checkpoints/latest", "hf", "metrics.jsonl", "curve.png", "report.html", "tensorboard"):
         assert f"runs/quickstart/{where}" in shown
 
 

@@ -110,7 +110,7 @@ def observe(row: Row, models: Path, optimizer: OptimizerConfig = SGD) -> Observe
     packed = run.pack(rollouts)
     run.student.start_step()
     sums = run.accumulate(packed)
-    tokens = _by_token(run, packed[run.groups.dp.rank()], rollouts, recording.records)
+    tokens = by_token(run, packed[run.groups.dp.rank()], rollouts, recording.records)
     gradients = run.gradients()
     norm, applied = run.student.apply_gradients()
     assert applied
@@ -127,7 +127,7 @@ def _main_dtypes(run: TinyRun) -> set[torch.dtype]:
     return mains | {p.main_grad.dtype for chunk in run.student.chunks for p in chunk.parameters()}
 
 
-def _by_token(
+def by_token(
     run: TinyRun, whole: list[Microbatch], rollouts: list[Rollout], records: list[tuple[Tensor, Tensor]]
 ) -> dict[tuple[str, int], Tensor]:
     """The recorded statistics by token of the rollouts, whatever microbatch and rank it was in."""

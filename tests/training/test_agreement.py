@@ -106,7 +106,7 @@ def after_a_large_step(folder: Path, run_dir: Path, preset: str) -> tuple[dict[s
         folder, run_dir, training__updates_per_rollout=2, optimizer__lr=0.05, objective__preset=preset
     )
     rollouts = job.draw(job.prompts.take(4), step=0, seed=0, samples=1)
-    metrics, _ = train_step(job, 1)
+    metrics, *_ = train_step(job, 1)
     (update,) = [job.packed(rollouts)]
     scored = job._logprobs(job.student.ddps, job.student.chunks[-1], update.microbatches)
     gaps = [

@@ -139,9 +139,9 @@ def observe(case: Case, folder: Path) -> tuple[dict[str, float], dict[str, torch
     update = Update(mine, UpdateScale.of(packed), teacher.score(asked))
     evaluation = replace(update, payloads=teacher.score(replace(asked, evaluation=True)))
     student.zero_grad()
-    sums = run.run(student.ddps, update)
+    sums = run.run(student.ddps, update).sums
     plain = replace(run, objective=Objective())
-    sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True)["reverse_kl"]
+    sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True).sums["reverse_kl"]
     teacher.finish()
     return sums, TinyRun(layout, groups, checked.student, student, run).gradients()
 

@@ -49,12 +49,13 @@ def steps_ahead(
     with serving(job, said.append) as publish:
         publish(0)
         for step in range(1, STEPS + 1):
-            taken.append(train_step(job, step, publish))
+            taken.append(train_step(job, step, publish)[:2])
             publish(step)
         last = job.draw(job.texts.training.prompts[:4], step=STEPS, seed=9, samples=1)
         (update,) = job.score(last)
-        sums = job.apply(update, 1.0).sums
-        return taken, {name: value / update.scale.loss_tokens for name, value in sums.items()}
+        measured = job.apply(update, 1.0).measured
+        assert measured is not None
+        return taken, {name: value / update.scale.loss_tokens for name, value in measured.sums.items()}
 
 
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])

@@ -122,10 +122,10 @@ def observe(case: Case, folder: Path, rollouts: Sequence[Rollout]) -> Found:
     asked = Asked(mine, whole, routes)
     update = Update(mine, UpdateScale.of(whole), teacher.score(asked))
     student.zero_grad()
-    sums = run.run(student.ddps, update)
+    sums = run.run(student.ddps, update).sums
     plain = replace(run, objective=Objective())
     evaluation = replace(update, payloads=teacher.score(replace(asked, evaluation=True)))
-    sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True)["reverse_kl"]
+    sums["evaluated"] = plain.run(student.ddps, evaluation, forward_only=True).sums["reverse_kl"]
     return sums, TinyRun(layout, groups, checked.student, student, run).gradients(), routes
 
 

@@ -22,7 +22,7 @@ from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.teacher import Asked
 from megatron_opd.training.student import Student, build_student
-from megatron_opd.training.update import ObjectivePass, Update, UpdateScale
+from megatron_opd.training.update import Measured, ObjectivePass, Update, UpdateScale
 from tests.tiny import VOCAB, recorded_rollouts, save_tiny_model
 
 SCHEDULED = OptimizerConfig(lr=1e-3, warmup_steps=2, schedule="cosine", weight_decay=0.1)
@@ -64,11 +64,16 @@ class TinyRun:
 
     def accumulate(self, packed: list[list[Microbatch]]) -> dict[str, float]:
         """Accumulate the gradients of these microbatches, a list for each data-parallel rank."""
+        return self.measure(packed).sums
+
+    def measure(self, packed: list[list[Microbatch]], lengths: Sequence[int] = ()) -> Measured:
+        """The same, and what it measures by position and, of the first rollouts, of these lengths, by token."""
         cp = self.groups.cp
         microbatches = [each.shard(cp.rank(), cp.size()) for each in packed[self.groups.dp.rank()]]
         scale = UpdateScale.of(packed)
         self.student.zero_grad()
-        update = Update(microbatches, scale, self.objective.teacher.score(Asked(microbatches, packed)))
+        scored = self.objective.teacher.score(Asked(microbatches, packed))
+        update = Update(microbatches, scale, scored, lengths=lengths)
         return self.objective.run(self.student.ddps, update)
 
     def train(self, steps: range) -> list[dict[str, float]]:

@@ -88,7 +88,7 @@ def block(job: Job, publish: Publish, first: int, steps: int, staleness: int) ->
     rows = []
     for step in range(first, first + steps):
         began = time.perf_counter()
-        metrics, _ = train_step(job, step, publish)
+        metrics, *_ = train_step(job, step, publish)
         sync = publish(step)
         parts = [metrics[f"{phase}_seconds"] for phase in PHASES[:3]]
         rows.append([*parts, sync, time.perf_counter() - began, metrics["staleness"]])

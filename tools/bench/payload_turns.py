@@ -269,7 +269,7 @@ class _Side:
             payloads = [_arrived(payload) for payload in payloads]
         scored = time.perf_counter()
         scale = UpdateScale.of(packed)
-        sums = run.run(self.student.ddps, Update(packed[0], scale, payloads))
+        sums = run.run(self.student.ddps, Update(packed[0], scale, payloads)).sums
         ended = time.perf_counter()
         if turn.number == 0:
             found.loss = sums["loss"] / scale.loss_tokens
