@@ -41,9 +41,13 @@ def inputs(tmp_path_factory):
 
 
 def config_of(inputs: Path, run_dir: Path, **changes: Any) -> Path:
-    task = {"path": str(inputs / "digits.jsonl"), "k": K, "max_new_tokens": LONGEST, "temperature": 3.0}
-    sums = {"reasoning_gym": "chain_sum", "size": 3, "options": {"max_terms": 2}, "max_new_tokens": 4}
-    return write_config(inputs, run_dir, **{"evaluation__tasks": {"digits": task, "sums": sums}, **changes})
+    task = {
+        "path": str(inputs / "digits.jsonl"),
+        "k": K,
+        "max_new_tokens": LONGEST,
+        "temperature": 3.0,
+    }
+    return write_config(inputs, run_dir, **{"evaluation__tasks": {"digits": task}, **changes})
 
 
 def samples_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -65,18 +69,25 @@ def evaluate_here(config_file: Path, overrides: list[str], model: Path, output: 
     return as_json(scores_on_rank_0(evaluated, lambda line: None))
 
 
-@pytest.mark.parametrize("layout", ["parallel.data=2", "parallel.tensor=2", "parallel.pipeline=2"])
-def test_all_layouts_draw_the_same_samples_and_come_to_the_same_scores(layout, gloo, inputs, tmp_path):
+@pytest.fixture(scope="module")
+def alone(inputs, gloo, tmp_path_factory):
+    """The scores, and the folder of the samples, that one process comes to."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = config_of(inputs, folder / "run")
+    return gloo(1, evaluate_here, config, [], inputs / "student", folder)[0], folder
+
+
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline"])
+def test_all_layouts_draw_the_same_samples_and_come_to_the_same_scores(layout, alone, gloo, inputs, tmp_path):
     config = config_of(inputs, tmp_path / "run")
-    model = inputs / "student"
-    (alone,) = gloo(1, evaluate_here, config, [], model, tmp_path / "alone")
-    first, second = gloo(2, evaluate_here, config, [layout], model, tmp_path / "both")
-    assert alone == first and second == {}
-    samples = samples_in(tmp_path / "alone")
-    assert samples == samples_in(tmp_path / "both")
-    assert len(samples["digits"]) == 12 * K and len(samples["sums"]) == 3
+    first, second = gloo(2, evaluate_here, config, [f"parallel.{layout}=2"], inputs / "student", tmp_path)
+    scores, folder = alone
+    assert scores == first and second == {}
+    samples = samples_in(folder)
+    assert samples == samples_in(tmp_path)
+    assert len(samples["digits"]) == 12 * K
     assert 0 < sum(sample["right"] for sample in samples["digits"]) < 12 * K
-    check_samples(samples["digits"], alone["digits"])
+    check_samples(samples["digits"], scores["digits"])
 
 
 def check_samples(samples: list[dict[str, Any]], scores: dict[str, Any]) -> None:
@@ -97,17 +108,19 @@ def check_samples(samples: list[dict[str, Any]], scores: dict[str, Any]) -> None
 def test_a_run_evaluates_and_the_command_finds_the_same_of_its_checkpoint(inputs, tmp_path):
     run_dir = tmp_path / "run"
     config = config_of(inputs, run_dir, training__steps=2, evaluation__every=1)
-    trained = run_forked("train", config)
+    sums = ("reasoning_gym=chain_sum", "size=3", "options.max_terms=2", "max_new_tokens=4")
+    trained = run_forked("train", config, *(f"evaluation.tasks.sums.{setting}" for setting in sums))
     assert trained.returncode == 0, trained.stderr
     assert "step 0: digits avg@4 " in trained.stdout and "step 2: sums avg@1 " in trained.stdout
     rows = read_steps(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows if f"eval/digits/avg@{K}" in row] == [0, 1, 2]
     assert all("eval/reverse_kl" in row for row in rows)
-    again = run_forked("evaluate", config, "evaluation.tasks.sums.k=1")
+    again = run_forked("evaluate", config)
     assert again.returncode == 0, again.stderr
     assert "avg@4" in again.stdout and "results.json" in again.stdout
     folder = run_dir / "evaluate" / "step_00000002"
-    assert samples_in(folder) == samples_in(run_dir / "evaluation" / "step_00000002")
+    drawn = samples_in(run_dir / "evaluation" / "step_00000002")
+    assert samples_in(folder) == {"digits": drawn["digits"]} and len(drawn["sums"]) == 3
     found = json.loads((folder / "results.json").read_text())
     assert found["model"].endswith("checkpoints/step_00000002")
     for name, estimate in found["tasks"]["digits"]["metrics"].items():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
 import sys
 from datetime import timedelta
 from itertools import combinations
@@ -27,8 +25,6 @@ from tests.rollout.fake_server import server
 from tests.test_train import inputs, write_config
 
 __all__ = ["inputs"]
-
-ROOT = Path(__file__).parents[2]
 
 
 def measure_small(nodes: list[str]) -> Measured:
@@ -109,37 +105,6 @@ def test_a_port_that_is_taken_is_named():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"MASTER_PORT: rank 0 cannot listen at 127.0.0.1:{port}"):
             meeting(Place(0, 2, 0, "127.0.0.1", port)).__enter__()
-
-
-def test_ranks_on_two_nodes_report_once(inputs, tmp_path):
-    """As srun starts them. The second node has no GPU either, and sees the run directory."""
-    config = write_config(inputs, tmp_path / "run")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_NODELIST": "n[1-2]",
-        "SLURM_LOCALID": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "COLUMNS": "250"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "megatron_opd.cli", "doctor", str(config)],
-            env={**os.environ, **job, "SLURM_PROCID": str(rank), "SLURMD_NODENAME": f"n{rank + 1}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    (out, errors), silent = (rank.communicate(timeout=300) for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], errors + silent[1]
-    assert silent == ("", "")
-    for said in ("2 on 2 nodes", "fits 2 processes", "seen on 2 nodes", "gloo n1 - n2", "slowest of 2 nodes"):
-        assert said in out, out
-    assert not list(tmp_path.glob(".doctor*"))
 
 
 def test_the_layout_the_space_and_the_servers_of_a_run(inputs, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -218,3 +219,21 @@ def test_a_chain_over_time_limits(
     assert "resuming at step" in text(log)
     steps = [row["step"] for row in metrics(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_doctor_looks_at_both_nodes_and_between_them(
+    slurm_cluster: SlurmCluster, inputs: Path, tmp_path: Path
+) -> None:
+    """Rank 0 prints. The names of these nodes are in no name service."""
+    config = write_config(inputs, tmp_path / "run", parallel__data=2)
+    done = subprocess.run(
+        ["srun", "-N2", "-n2", sys.executable, "-m", "megatron_opd.cli", "doctor", str(config)],
+        env={**slurm_cluster.environment, "MASTER_ADDR": "127.0.0.1", "COLUMNS": "250"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    said = ("2 on 2 nodes", "fits 2 processes", "seen on 2 nodes", "the slowest of 2 nodes", "gloo n1 - n2")
+    assert [each for each in said if done.stdout.count(each) != 1] == [], done.stdout
+    assert not list(tmp_path.glob(".doctor*"))
