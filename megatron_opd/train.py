@@ -10,30 +10,26 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_opd.checkpoint.hf_export import save_hf
-from megatron_opd.config.load import changed_keys, load_config, save_resolved
+from megatron_opd.config.load import save_resolved
 from megatron_opd.config.schema import Config
 from megatron_opd.data.rollouts import Rollout
-from megatron_opd.errors import UserError
-from megatron_opd.evaluation.evaluate import metrics_of
 from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.report.positions import Diagnostics
 from megatron_opd.report.run_log import RunLog
 from megatron_opd.rollout.sharded import RolloutsStopped
 from megatron_opd.rollout.stream import staleness
 from megatron_opd.training.agreement import alarm
+from megatron_opd.training.evaluating import evaluate
 from megatron_opd.training.job import Job, set_up
 from megatron_opd.training.router_metrics import take_router_metrics
-from megatron_opd.training.saving import Saves, moving_teacher
+from megatron_opd.training.saving import Saves, changes_since, resume
 from megatron_opd.training.serving import Publish, drawn, serving, unserved
-from megatron_opd.training.task_scores import task_scores
 from megatron_opd.training.teacher_process import only_teaches, teach
 from megatron_opd.training.teaching import teaching
 from megatron_opd.training.update import diagnostics_of, means_over_tokens
-from megatron_opd.watch.phases import EVALUATION, ROLLOUT, SAVE, STEP, SYNC, TEACHER
+from megatron_opd.watch.phases import ROLLOUT, SAVE, STEP, SYNC, TEACHER
 from megatron_opd.watch.stopping import Stopping
 from megatron_opd.watch.watchdog import Watchdog
-
-HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
 
 
 def train(config: Config) -> bool:
@@ -163,53 +159,3 @@ def train_step(
         **job.teacher.metrics(),
     }
     return metrics, rollouts, diagnostics_of(outcomes, updates, job.objective.positions)
-
-
-def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
-    """What `evaluation` asks for: held-out reverse KL, and the scores of tasks, which rank 0 alone returns."""
-    metrics: dict[str, float] = {}
-    with job.phases(EVALUATION):
-        if job.texts.heldout:
-            metrics |= evaluate_heldout(job, step, publish)
-        if job.texts.tasks:
-            metrics |= metrics_of(task_scores(job, step, publish))
-    return metrics | {"eval/seconds": job.phases.seconds[EVALUATION]}
-
-
-def evaluate_heldout(job: Job, step: int, publish: Publish = unserved) -> dict[str, float]:
-    """Held-out reverse KL in nats per token, on the student's own rollouts from the held-out prompts.
-
-    With a teacher behind servers it is an estimate, see `Job.heldout_reverse_kl`.
-    """
-    seed = job.config.seed + HELDOUT_SEED_OFFSET
-    rollouts = drawn(
-        lambda: job.draw(job.texts.heldout, step=step, seed=seed, samples=1, trained=False), publish, step
-    )
-    means, tokens = job.heldout_reverse_kl(rollouts)
-    return {
-        **{f"eval/{name}": value for name, value in means.items()},
-        "eval/response_tokens": tokens / len(rollouts),
-    }
-
-
-def changes_since(config: Config) -> list[str]:
-    """What differs from the configuration that the run directory was last used with."""
-    saved = config.run_dir / "config.yaml"
-    return changed_keys(load_config(saved, []), config) if saved.is_file() else []
-
-
-def resume(job: Job) -> int:
-    """Load the newest intact checkpoint of the run directory, if there is one; returns its step, else 0."""
-    folder = job.checkpoints.newest_intact()
-    if folder is None:
-        return 0
-    with moving_teacher(job) as teacher:
-        state = job.checkpoints.load(folder, job.student.chunks, job.student.optimizer, teacher)
-    job.prompts.load_state_dict(state["prompts"])
-    job.student.continue_after(state["step"])
-    if state["step"] > job.config.training.steps:
-        raise UserError(
-            f"training.steps: {job.config.training.steps} is less than the {state['step']} steps that run_dir "
-            f"{job.config.run_dir} has behind it: raise it, or give a new run_dir"
-        )
-    return state["step"]

@@ -8,7 +8,8 @@
 - `job`: config -> the objects of a run (groups, student, teacher, engine, prompts); `models`: its models;
   `texts`: its tokenizer and prompts; `relay`: the process groups that a teacher in another layout adds.
 - `teacher_process`: what a process does that is only the teacher's.
-- `saving`: the saves of a run, begun after one step and completed after another.
+- `saving`: the saves of a run, begun after one step and completed after another, and the state it goes on from.
+- `evaluating`: held-out reverse KL and the scores of tasks while a run trains.
 - `serving`, `teaching`: the SGLang servers of a run, those that draw and those of the teacher.
 
 Only `train` and the command line import from here.

@@ -1,4 +1,6 @@
-"""The saves of a run as its loop sees them: begun after a step, completed after a later one, and what they cost."""
+"""The saves of a run as its loop sees them: begun after a step, completed after a later one, and what they cost.
+And the way back: the state that a run goes on from.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -6,6 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Self
 
+from megatron_opd.config.load import changed_keys, load_config
+from megatron_opd.config.schema import Config
+from megatron_opd.errors import UserError
 from megatron_opd.models.gpt import GPT
 from megatron_opd.training.job import Job
 from megatron_opd.watch.phases import SAVE
@@ -83,3 +88,26 @@ class Saves:
 def moving_teacher(job: Job) -> AbstractContextManager[Sequence[GPT]]:
     """Chunks of the average that the teacher becomes; none where it keeps its weights."""
     return nullcontext(()) if job.average is None else job.average.as_model()
+
+
+def changes_since(config: Config) -> list[str]:
+    """What differs from the configuration that the run directory was last used with."""
+    saved = config.run_dir / "config.yaml"
+    return changed_keys(load_config(saved, []), config) if saved.is_file() else []
+
+
+def resume(job: Job) -> int:
+    """Load the newest intact checkpoint of the run directory, if there is one; returns its step, else 0."""
+    folder = job.checkpoints.newest_intact()
+    if folder is None:
+        return 0
+    with moving_teacher(job) as teacher:
+        state = job.checkpoints.load(folder, job.student.chunks, job.student.optimizer, teacher)
+    job.prompts.load_state_dict(state["prompts"])
+    job.student.continue_after(state["step"])
+    if state["step"] > job.config.training.steps:
+        raise UserError(
+            f"training.steps: {job.config.training.steps} is less than the {state['step']} steps that run_dir "
+            f"{job.config.run_dir} has behind it: raise it, or give a new run_dir"
+        )
+    return state["step"]

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_opd.config.rollout import RolloutConfig
-from megatron_opd.train import evaluate, train_step
+from megatron_opd.train import train_step
 from megatron_opd.training.agreement import MAXIMA, SUMS, agreement, alarm, step_agreement
+from megatron_opd.training.evaluating import evaluate
 from tests.gloo_pool import GlooPools
 from tests.training.test_job import build, inputs, steps
 

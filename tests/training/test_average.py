@@ -16,9 +16,10 @@ from megatron_opd.checkpoint.inspection import describe_folder
 from megatron_opd.errors import UserError
 from megatron_opd.models.gpt import GPT
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.train import evaluate, resume, train_step
+from megatron_opd.train import train_step
+from megatron_opd.training.evaluating import evaluate
 from megatron_opd.training.job import Job
-from megatron_opd.training.saving import Saves
+from megatron_opd.training.saving import Saves, resume
 from tests.checkpoint.models import write_hf
 from tests.data.tiny_tokenizer import save_tokenizer, write_prompts
 from tests.gloo_pool import GlooPools

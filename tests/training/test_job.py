@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron_opd import train as training
 from megatron_opd.config.load import load_config
 from megatron_opd.config.presets import PRESETS
-from megatron_opd.train import evaluate, train_step
+from megatron_opd.train import train_step
+from megatron_opd.training.evaluating import evaluate
 from megatron_opd.training.job import Job, set_up
 from tests.data.tiny_tokenizer import WORDS, save_tokenizer, write_prompts
 from tests.tiny import save_tiny_model

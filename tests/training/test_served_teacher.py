@@ -13,7 +13,8 @@ from megatron_opd.objectives import Objective, TokenWeight
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.teacher import sglang as scoring
 from megatron_opd.teacher.sglang import SGLangTeacher
-from megatron_opd.train import evaluate, train_step
+from megatron_opd.train import train_step
+from megatron_opd.training.evaluating import evaluate
 from megatron_opd.training.teaching import teaching
 from tests.data.tiny_tokenizer import write_prompts
 from tests.gloo_pool import GlooPools

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_opd.train import evaluate, train_step
+from megatron_opd.train import train_step
+from megatron_opd.training.evaluating import evaluate
 from tests.data.tiny_tokenizer import write_prompts
 from tests.gloo_pool import GlooPools
 from tests.training.test_job import build, save_job_models

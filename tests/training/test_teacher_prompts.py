@@ -15,7 +15,8 @@ from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
 from megatron_opd.objectives import Objective
 from megatron_opd.parallel.groups import ParallelLayout
-from megatron_opd.train import evaluate, train_step
+from megatron_opd.train import train_step
+from megatron_opd.training.evaluating import evaluate
 from tests.data.tiny_tokenizer import WORDS
 from tests.gloo_pool import GlooPools
 from tests.tiny import recorded_rollouts, with_teacher_prompts
