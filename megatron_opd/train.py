@@ -4,6 +4,7 @@ The embedded rollout engine shares the student's weights; servers are given them
 rollouts of the next steps while one trains.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -85,29 +86,37 @@ def learn(config: Config, stopping: Stopping) -> bool:
 
 def take_steps(job: Job, start: int, log: RunLog, publish: Publish, saves: Saves, stopping: Stopping) -> int:
     """The steps after `start`, to the last or until a signal stops the run; returns how many are behind it, saved."""
-    config, done, steps = job.config, start, job.config.training.steps
+    config, done, saved, steps = job.config, start, start, job.config.training.steps
     while done < steps and not stops(job, stopping):
         step = done + 1
         try:
-            metrics, rollouts, diagnostics = train_step(job, step, publish)
+            metrics, rollouts, diagnostics = train_step(job, step, publish, saves.advance)
         except RolloutsStopped:
             continue
-        drawing = step < steps or job.texts.evaluated  # with the weights of this step
+        stopped = step < steps and stops(job, stopping)
+        evaluating = bool(job.texts.evaluated) and due(step, config.evaluation.every, steps)
+        drawing = not stopped and (step < steps or evaluating)  # with the weights of this step
         with job.phases(SYNC):
             metrics["sync_seconds"] = publish(step) if drawing else 0.0
-        if job.texts.evaluated and due(step, config.evaluation.every, steps):
+        if evaluating and not stopped:
             metrics |= evaluate(job, step, publish)
         metrics["save_seconds"] = saves.take_seconds()
         log.record(step, metrics, rollouts, diagnostics)
         warning = alarm(metrics, config.rollout)
         if warning is not None:
             log.say(f"step {step}: {warning}")
-        if due(step, config.checkpoint.save_every, steps):
+        if stopped or due(step, config.checkpoint.save_every, steps):
             saves.begin(step)
+            saved = step
         else:
             saves.advance()
+        if evaluating and stopped:  # once all is saved: it may take longer than the run is given
+            saves.finish()
+            with job.phases(SYNC):
+                publish(step)
+            log.complete(step, evaluate(job, step, publish))
         done = step
-    if start < done < steps and not due(done, config.checkpoint.save_every, steps):
+    if saved < done:
         saves.begin(done)
     saves.finish()
     return done
@@ -125,17 +134,19 @@ def due(step: int, every: int, steps: int) -> bool:
 
 
 def train_step(
-    job: Job, step: int, publish: Publish = unserved
+    job: Job, step: int, publish: Publish = unserved, between: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Any], list[Rollout], Diagnostics]:
-    """Take rollouts, let the models score them, apply the updates.
+    """Take rollouts, let the models score them, apply the updates; `between` these all ranks call `between`.
 
     Returns the step's metrics and rollouts, and what is known of the rollouts' tokens.
     """
     phases = job.phases
     with phases(ROLLOUT):
         rollouts = drawn(lambda: job.rollouts.take(step), publish, step - 1)
+    between()
     with phases(TEACHER):
         updates = job.score(rollouts)
+    between()
     with phases(STEP):
         job.student.start_step()
         progress = (step - 1) / max(1, job.config.training.steps - 1)

@@ -29,6 +29,14 @@ class MetricsWriter:
         """Append `{"step": step, **values}` and force it to disk. A value that is not finite is written as
         null."""
         self._lines.append({"step": step} | {name: _plain(value) for name, value in values.items()})
+        self._draw(step, values)
+
+    def complete(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the last line, which is that of `step`."""
+        self._lines.complete({"step": step} | {name: _plain(value) for name, value in values.items()})
+        self._draw(step, values)
+
+    def _draw(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         self._board.flush()

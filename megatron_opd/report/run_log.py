@@ -117,6 +117,12 @@ class RunLog:
         for line in task_lines(values):
             self.say(f"step {step}: {line}")
 
+    def complete(self, step: int, values: Mapping[str, float]) -> None:
+        """Add what is known only now to the metrics of the last step that was recorded."""
+        if self.enabled:
+            with self._writing():
+                self._metrics.complete(step, values)
+
     def summarise(self, *, checkpoint: Path, export: Path | None) -> None:
         """Draw the curve, write the report and print what the run achieved and where its outputs are."""
         if not self.enabled:

@@ -17,6 +17,7 @@ class StepLines:
     def __init__(self, path: Path, last_kept: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_back(path, path.with_suffix(".discarded.jsonl"), last_kept)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -24,6 +25,15 @@ class StepLines:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def complete(self, row: Mapping[str, Any]) -> None:
+        """Put the last object, one of the same step, with these entries too in its place."""
+        self.close()
+        *lines, last = _whole_lines(self._path)
+        found = json.loads(last)
+        assert found["step"] == row["step"], "only the last step can be completed"
+        _replace(self._path, [*lines, json.dumps({**found, **row}, allow_nan=False) + "\n"])
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
@@ -55,9 +65,13 @@ def _cut_back(path: Path, discarded: Path, last_kept: int) -> None:
             os.fsync(file.fileno())
     if not path.exists():
         return
+    _replace(path, kept)
+
+
+def _replace(path: Path, lines: list[str]) -> None:
     aside = path.with_name(path.name + ".tmp")
     with aside.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

@@ -105,3 +105,17 @@ def test_tensorboard_cut_short_by_a_kill_goes_on(tmp_path):
 
 def test_no_metrics_yet(tmp_path):
     assert read_metrics(tmp_path) == []
+
+
+def test_the_last_line_can_be_completed(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.log(1, {"loss": 2.0})
+    writer.log(2, {"loss": 1.0})
+    writer.complete(2, {"eval/reverse_kl": 0.5})
+    writer.log(3, {"loss": 0.5})
+    writer.close()
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.0, "eval/reverse_kl": 0.5},
+        {"step": 3, "loss": 0.5},
+    ]
