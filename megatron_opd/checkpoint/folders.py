@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -15,24 +16,41 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_opd.errors import UserError, why_refused
+from megatron_opd.launch.worker import EXIT_FILE
+
+LOCK_PATIENCE = 300.0  # seconds that a shared file system may take to release what a lost node has locked
+LOCK_POLL = 1.0  # seconds
 
 # What megatron-core's writer logs as an error also reaches us as an exception, and the user as one line.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 
 def hold(folder: Path) -> None:
-    """Keep a folder to this process until it ends. Raises UserError when another process holds it."""
+    """Keep a folder to this process until it ends. Raises UserError when another process holds it.
+
+    In a job of `launch slurm` only after LOCK_PATIENCE: nobody stands by, and the job before has ended.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(
         folder / ".lock", os.O_CREAT | os.O_RDWR
     )  # stays open, and so locked, as long as the process
+    deadline = time.monotonic() + LOCK_PATIENCE if EXIT_FILE in os.environ else None
+    if deadline is not None and not _locked(lock):
+        print(f"{folder} is in use by another process: waiting {LOCK_PATIENCE:.0f} s for it", flush=True)
+    while not _locked(lock):
+        if deadline is None or time.monotonic() > deadline:
+            os.close(lock)
+            raise UserError(f"{folder} is in use by another process: wait for it, or give another run_dir")
+        time.sleep(LOCK_POLL)
+
+
+def _locked(lock: int) -> bool:
+    """Whether this open file now has the lock; it may have had it before."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(lock)
-        raise UserError(
-            f"{folder} is in use by another process: wait for it, or give another run_dir"
-        ) from None
+        return False
+    return True
 
 
 def aside_of(folder: Path) -> Path:
