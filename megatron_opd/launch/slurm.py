@@ -99,6 +99,7 @@ def render(job: SlurmJob) -> str:
             exit_file=EXIT_FILE,
             machine="".join(f"{line}\n" for line in _machine(job)),
             ports=PORTS,
+            newest=_NEWEST if job.chain == 1 else "",
         ),
     ]
     if job.servers:
@@ -232,7 +233,13 @@ export MASTER_ADDR MASTER_PORT=$$port
 mkdir -p "$$run_dir"
 export $exit_file=$$run_dir/slurm-exit-$$SLURM_JOB_ID
 rm -f "$$$exit_file"
-""")
+$newest""")
+
+_NEWEST = """
+# The newest checkpoint: to stop without another one counts as a failure.
+newest() { readlink "$run_dir/checkpoints/latest" || echo none; }
+at_start=$(newest)
+"""
 
 _URLS = """\
 # SGLang servers, and the key that they ask for.
@@ -287,17 +294,21 @@ again() {
     echo "$$1: job $$SLURM_JOB_ID is queued again" >&2
     scontrol requeue "$$SLURM_JOB_ID"
 }
+retry() { # $retries times at most from the same checkpoint
+    local checkpoint
+    checkpoint=$$(newest)
+    echo "$$checkpoint" >> "$$failures"
+    if [ "$$(grep -cxF "$$checkpoint" "$$failures")" -le $retries ]; then
+        again "$$1"
+    else
+        echo "$$1, from checkpoint $$checkpoint as before: job $$SLURM_JOB_ID is not queued again" >&2
+    fi
+}
 case $$code in
     0) rm -f "$$failures" ;;
     2) echo "a mistake to mend: job $$SLURM_JOB_ID is not queued again" >&2 ;;
-    $code) again "saved" ;;
-    *) # a node, a GPU or the network, mostly: again, $retries times at most from the same checkpoint
-        checkpoint=$$(readlink "$$run_dir/checkpoints/latest" || echo none)
-        echo "$$checkpoint" >> "$$failures"
-        if [ "$$(grep -cxF "$$checkpoint" "$$failures")" -le $retries ]; then
-            again "exit code $$code"
-        fi
-        ;;
+    $code) if [ "$$(newest)" != "$$at_start" ]; then again "saved"; else retry "stopped with nothing new saved"; fi ;;
+    *) retry "exit code $$code" ;; # a node, a GPU or the network, mostly
 esac
 exit "$$code"
 """
