@@ -105,7 +105,7 @@ def render(job: SlurmJob) -> str:
     if job.servers:
         parts.append(_URLS + "\n".join(_server_step(job, index) for index in range(len(job.servers))))
     parts.append(_ranks_step(job))
-    parts.append(_WATCH if job.servers else _WAIT)
+    parts.append(_WATCH.substitute(signal_seconds=job.signal_seconds) if job.servers else _WAIT)
     parts.append((_CHAIN if job.chain > 1 else _REQUEUE).substitute(code=REQUEUE_EXIT, retries=job.retries))
     return "\n".join(parts)
 
@@ -269,17 +269,24 @@ wait "$run"
 code=$?
 """
 
-_WATCH = """\
+_WATCH = Template("""\
 wait -n # for the run, or for servers that end before it
-if kill -0 "$run" 2> /dev/null; then
-    echo "servers have ended before the run: see the logs in $run_dir/servers" >&2
-    kill "$run"
+ended=$$?
+if kill -0 "$$run" 2> /dev/null; then
+    echo "servers have ended before the run, which has $signal_seconds s to save: see the logs in $$run_dir/servers" >&2
+    # 143: by SIGTERM, which the ranks have had too; a second signal would end them before they have saved
+    if [ "$$ended" != 143 ]; then kill -USR1 "$$run"; fi
+    for ((left = $signal_seconds; left > 0; left--)); do
+        kill -0 "$$run" 2> /dev/null || break
+        sleep 1
+    done
+    kill "$$run" 2> /dev/null
 fi
-wait "$run"
-code=$?
-kill "${servers[@]}" 2> /dev/null
+wait "$$run"
+code=$$?
+kill "$${servers[@]}" 2> /dev/null
 wait
-"""
+""")
 
 _END = f"""\
 if [ -s "${EXIT_FILE}" ]; then code=$(< "${EXIT_FILE}"); fi
