@@ -167,7 +167,7 @@ def written_together(folder: Path, group: dist.ProcessGroup | None, needed_bytes
 def alike(group: dist.ProcessGroup | None) -> Iterator[None]:
     """What goes wrong inside on one rank is raised on every rank of the group. Collective: 1 object all-gather.
 
-    `group` None: this process alone. A UserError stays one on every rank, anything else is a RuntimeError elsewhere.
+    `group` None: this process alone. A UserError stays what it is, anything else is a RuntimeError elsewhere.
     """
     error: Exception | None = None
     try:
@@ -175,12 +175,13 @@ def alike(group: dist.ProcessGroup | None) -> Iterator[None]:
     except Exception as failure:
         error = failure
     if group is not None:
-        mine = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
-        everyone: list[tuple[bool, str] | None] = [None] * group.size()
+        kind = type(error) if isinstance(error, UserError) else None
+        mine = None if error is None else (kind, str(error) or repr(error))
+        everyone: list[tuple[type[UserError] | None, str] | None] = [None] * group.size()
         dist.all_gather_object(everyone, mine, group=group)
-        mistake = next((found[1] for found in everyone if found and found[0]), None)
-        if mistake is not None and not isinstance(error, UserError):
-            raise UserError(mistake) from error
+        mistake = next((found[0](found[1]) for found in everyone if found and found[0]), None)
+        if mistake is not None and kind is None:
+            raise mistake from error
         other = next((found[1] for found in everyone if found), None)
         if other is not None and error is None:
             raise RuntimeError(f"another process failed: {other}")

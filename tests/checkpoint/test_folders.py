@@ -1,4 +1,4 @@
-"""The lock of a run directory, which a job of SLURM waits for."""
+"""The lock of a run directory, which a job of SLURM waits for; errors of one rank that all ranks raise."""
 
 import fcntl
 import threading
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_opd.checkpoint import folders
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.launch.worker import EXIT_FILE
 
 
@@ -57,3 +58,26 @@ def test_a_lock_that_stays_is_an_error_in_the_end(
         with pytest.raises(UserError, match="is in use by another process: wait for it"):
             folders.hold(tmp_path)
     assert capsys.readouterr().out.count("waiting") == 1
+
+
+def failing(kinds: list[type[Exception] | None]) -> str:
+    kind = kinds[dist.get_rank()]
+    with pytest.raises(Exception) as caught, folders.alike(dist.group.WORLD):
+        if kind is not None:
+            raise kind("why")
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ([None, UserError], ["UserError: why"] * 2),
+        ([Outage, None], ["Outage: why"] * 2),
+        ([ValueError, Outage], ["Outage: why"] * 2),
+        ([None, ValueError], ["RuntimeError: another process failed: why", "ValueError: why"]),
+    ],
+)
+def test_an_outage_stays_one_on_every_rank(
+    gloo: Any, kinds: list[type[Exception] | None], expected: list[str]
+) -> None:
+    assert gloo(2, failing, kinds) == expected
