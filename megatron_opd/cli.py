@@ -1,8 +1,8 @@
 """The command line, `megatron-opd`.
 
-Every command imports what it needs when it runs, so that `--help` is quick. Exit codes: 0, 1 (something
-failed), 2 (a mistake of the user: one `error: ...` line on stderr), 75 (a signal has stopped a training, which has
-saved: the same command goes on), 130 (Ctrl-C).
+Every command imports what it needs when it runs, so that `--help` is quick. Exit codes: 0, 1 (something failed; an
+outage of servers, say, is one `error: ...` line on stderr), 2 (a mistake of the user: one such line), 75 (a signal has
+stopped a training, which has saved: the same command goes on), 130 (Ctrl-C).
 """
 
 import os
@@ -22,6 +22,7 @@ from megatron_opd.cli_slurm import slurm
 from megatron_opd.cli_teacher_cache import teacher_cache
 from megatron_opd.errors import UserError
 from megatron_opd.launch.worker import (
+    EXIT_FILE,
     REQUEUE_EXIT,
     end_forks_with_this_process,
     end_with_launcher,
@@ -121,6 +122,7 @@ def serve(
     from megatron_opd.config.load import load_config
     from megatron_opd.serve import serve as keep
 
+    os.environ.pop(EXIT_FILE, None)  # of the job that this is a part of: its ranks tell how it ends
     keep(load_config(config, overrides or []), role, port)
 
 
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except UserError as error:
         report_user_error(error)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     if code == 130 and "RANK" not in os.environ:  # Ctrl-C, as typer tells it
         print(
             "interrupted: start the same command again; a training goes on from its last checkpoint",

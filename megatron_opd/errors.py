@@ -1,7 +1,8 @@
-"""The one exception type for mistakes the user can mend, and why a disk refused a write.
+"""The exception type for mistakes the user can mend, that for outages, and why a disk refused a write.
 
 Raise `UserError` for bad input (a misspelt key, a missing folder, a full disk). The command line prints it as one
-line, without a traceback, and exits with code 2. Anything else that escapes is a bug of ours and keeps its traceback.
+line, without a traceback, and exits with code 2; so it does with an `Outage`, but with code 1, after which a scheduler
+may start the run again. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
 import errno
@@ -17,16 +18,26 @@ _REFUSED = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "too many symbolic links",
 }
+WRITER_KILLED = "a process that writes it was killed, as it is when memory runs out"
+"""Of the reasons of `why_refused` the one that is an Outage."""
 _REFUSED_IN_WORDS = {
     "No space left on device": "no space left on device",
     "Disk quota exceeded": "disk quota exceeded",
     "unexpected pos": "a write was cut short, as on a full disk",  # torch's zip writer says nothing else
-    "a writer was killed": "a process that writes it was killed, as it is when memory runs out",
+    "a writer was killed": WRITER_KILLED,
 }
 
 
 class UserError(Exception):
     """Bad input. The message is one line that names the key or file and says what to do about it."""
+
+    exit_code = 2
+
+
+class Outage(UserError):
+    """What the run depends on failed, and may work at the next start: servers, a process that was killed."""
+
+    exit_code = 1
 
 
 def check_readable(path: Path) -> None:

@@ -28,7 +28,7 @@ def serve(config: Config, role: str, port: int) -> None:
     """Start the servers of `role`, "rollout" or "teacher", at `port` and those after it, until SIGTERM or SIGINT.
 
     They listen on all interfaces, ask for the key in SGLANG_API_KEY and share all GPUs of the machine. One that ends is
-    started again. Raises UserError when they do not start; exits with code 1 when none is left.
+    started again. Raises Outage when they do not start; exits with code 1 when none is left.
     """
     settings = machine_settings(config, role)
     path = config.student.path if role == "rollout" else config.teacher.folder

@@ -16,8 +16,9 @@ from rich.filesize import decimal
 
 from megatron_opd.checkpoint.convert import plan_hf_to_megatron
 from megatron_opd.cli import main
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.launch import doctor
+from megatron_opd.launch.worker import EXIT_FILE
 from tests.checkpoint.models import write_hf
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,24 @@ def test_a_mistake_inside_the_training_is_one_line(
     assert_one_error(run("train", config_file), "error: no space left on device: free some and start again")
     monkeypatch.setenv("RANK", "3")
     assert_one_error(run("train", config_file), "error: rank 3: no space left")
+
+
+@pytest.mark.parametrize(("kind", "code"), [(UserError, 2), (Outage, 1)])
+def test_a_batch_script_learns_whether_to_start_again(
+    kind: type[UserError],
+    code: int,
+    run: Run,
+    config_file: Path,
+    trained: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: Any) -> None:
+        raise kind("none of 2 servers has worked")
+
+    monkeypatch.setattr(sys.modules["megatron_opd.train"], "train", fail)
+    monkeypatch.setenv(EXIT_FILE, str(config_file.with_name("exit")))
+    assert run("train", config_file) == (code, "", "error: none of 2 servers has worked\n")
+    assert config_file.with_name("exit").read_text() == f"{code}\n"
 
 
 def test_ctrl_c_ends_with_130(

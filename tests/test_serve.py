@@ -8,6 +8,7 @@ import pytest
 
 from megatron_opd.cli import main
 from megatron_opd.config.load import load_config
+from megatron_opd.launch.worker import EXIT_FILE
 from megatron_opd.serve import machine_settings
 from tests.test_train import inputs, write_config
 
@@ -52,10 +53,14 @@ def test_a_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SGLANG_API_KEY", "secret")
+    monkeypatch.setenv(EXIT_FILE, str(tmp_path / "exit"))
     with pytest.raises(SystemExit) as end:
         main(["serve", role, str(served(inputs, tmp_path)), *overrides])
     err = capsys.readouterr().err
-    assert end.value.code == 2 and len(re.findall(r"\n", err)) == 1 and line in err, err
+    assert end.value.code == (1 if "exit code 3" in line else 2)  # a server that ends is no mistake
+    assert not (tmp_path / "exit").exists() or role == "elsewhere"
+    assert not (tmp_path / "exit").exists() or role == "elsewhere"
+    assert len(re.findall(r"\n", err)) == 1 and line in err, err
 
 
 def test_servers_without_a_key(inputs: Path, tmp_path: Path, capsys: Any) -> None:

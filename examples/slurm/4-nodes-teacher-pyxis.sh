@@ -34,6 +34,10 @@ mkdir -p "$run_dir"
 export MEGATRON_OPD_EXIT_FILE=$run_dir/slurm-exit-$SLURM_JOB_ID
 rm -f "$MEGATRON_OPD_EXIT_FILE"
 
+# The newest checkpoint: to stop without another one counts as a failure.
+newest() { readlink "$run_dir/checkpoints/latest" || echo none; }
+at_start=$(newest)
+
 # The ranks. `exec`: signals reach them, not a shell.
 # shellcheck disable=SC2016
 srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --relative=0 --cpus-per-task=12 \
@@ -53,16 +57,20 @@ again() {
     echo "$1: job $SLURM_JOB_ID is queued again" >&2
     scontrol requeue "$SLURM_JOB_ID"
 }
+retry() { # 2 times at most from the same checkpoint
+    local checkpoint
+    checkpoint=$(newest)
+    echo "$checkpoint" >> "$failures"
+    if [ "$(grep -cxF "$checkpoint" "$failures")" -le 2 ]; then
+        again "$1"
+    else
+        echo "$1, from checkpoint $checkpoint as before: job $SLURM_JOB_ID is not queued again" >&2
+    fi
+}
 case $code in
     0) rm -f "$failures" ;;
     2) echo "a mistake to mend: job $SLURM_JOB_ID is not queued again" >&2 ;;
-    75) again "saved" ;;
-    *) # a node, a GPU or the network, mostly: again, 2 times at most from the same checkpoint
-        checkpoint=$(readlink "$run_dir/checkpoints/latest" || echo none)
-        echo "$checkpoint" >> "$failures"
-        if [ "$(grep -cxF "$checkpoint" "$failures")" -le 2 ]; then
-            again "exit code $code"
-        fi
-        ;;
+    75) if [ "$(newest)" != "$at_start" ]; then again "saved"; else retry "stopped with nothing new saved"; fi ;;
+    *) retry "exit code $code" ;; # a node, a GPU or the network, mostly
 esac
 exit "$code"

@@ -37,6 +37,10 @@ mkdir -p "$run_dir"
 export MEGATRON_OPD_EXIT_FILE=$run_dir/slurm-exit-$SLURM_JOB_ID
 rm -f "$MEGATRON_OPD_EXIT_FILE"
 
+# The newest checkpoint: to stop without another one counts as a failure.
+newest() { readlink "$run_dir/checkpoints/latest" || echo none; }
+at_start=$(newest)
+
 # SGLang servers, and the key that they ask for.
 SGLANG_API_KEY=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
 export SGLANG_API_KEY
@@ -86,9 +90,16 @@ srun --nodes=48 --ntasks=384 --ntasks-per-node=8 --relative=0 --cpus-per-task=12
     megatron-opd train -- "${config[@]}" "${urls[@]}" &
 run=$!
 wait -n # for the run, or for servers that end before it
+ended=$?
 if kill -0 "$run" 2> /dev/null; then
-    echo "servers have ended before the run: see the logs in $run_dir/servers" >&2
-    kill "$run"
+    echo "servers have ended before the run, which has 900 s to save: see the logs in $run_dir/servers" >&2
+    # 143: by SIGTERM, which the ranks have had too; a second signal would end them before they have saved
+    if [ "$ended" != 143 ]; then kill -USR1 "$run"; fi
+    for ((left = 900; left > 0; left--)); do
+        kill -0 "$run" 2> /dev/null || break
+        sleep 1
+    done
+    kill "$run" 2> /dev/null
 fi
 wait "$run"
 code=$?
@@ -102,16 +113,20 @@ again() {
     echo "$1: job $SLURM_JOB_ID is queued again" >&2
     scontrol requeue "$SLURM_JOB_ID"
 }
+retry() { # 2 times at most from the same checkpoint
+    local checkpoint
+    checkpoint=$(newest)
+    echo "$checkpoint" >> "$failures"
+    if [ "$(grep -cxF "$checkpoint" "$failures")" -le 2 ]; then
+        again "$1"
+    else
+        echo "$1, from checkpoint $checkpoint as before: job $SLURM_JOB_ID is not queued again" >&2
+    fi
+}
 case $code in
     0) rm -f "$failures" ;;
     2) echo "a mistake to mend: job $SLURM_JOB_ID is not queued again" >&2 ;;
-    75) again "saved" ;;
-    *) # a node, a GPU or the network, mostly: again, 2 times at most from the same checkpoint
-        checkpoint=$(readlink "$run_dir/checkpoints/latest" || echo none)
-        echo "$checkpoint" >> "$failures"
-        if [ "$(grep -cxF "$checkpoint" "$failures")" -le 2 ]; then
-            again "exit code $code"
-        fi
-        ;;
+    75) if [ "$(newest)" != "$at_start" ]; then again "saved"; else retry "stopped with nothing new saved"; fi ;;
+    *) retry "exit code $code" ;; # a node, a GPU or the network, mostly
 esac
 exit "$code"

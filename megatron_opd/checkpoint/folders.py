@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -15,24 +16,41 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_opd.errors import UserError, why_refused
+from megatron_opd.launch.worker import EXIT_FILE
+
+LOCK_PATIENCE = 300.0  # seconds that a shared file system may take to release what a lost node has locked
+LOCK_POLL = 1.0  # seconds
 
 # What megatron-core's writer logs as an error also reaches us as an exception, and the user as one line.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 
 def hold(folder: Path) -> None:
-    """Keep a folder to this process until it ends. Raises UserError when another process holds it."""
+    """Keep a folder to this process until it ends. Raises UserError when another process holds it.
+
+    In a job of `launch slurm` only after LOCK_PATIENCE: nobody stands by, and the job before has ended.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(
         folder / ".lock", os.O_CREAT | os.O_RDWR
     )  # stays open, and so locked, as long as the process
+    deadline = time.monotonic() + LOCK_PATIENCE if EXIT_FILE in os.environ else None
+    if deadline is not None and not _locked(lock):
+        print(f"{folder} is in use by another process: waiting {LOCK_PATIENCE:.0f} s for it", flush=True)
+    while not _locked(lock):
+        if deadline is None or time.monotonic() > deadline:
+            os.close(lock)
+            raise UserError(f"{folder} is in use by another process: wait for it, or give another run_dir")
+        time.sleep(LOCK_POLL)
+
+
+def _locked(lock: int) -> bool:
+    """Whether this open file now has the lock; it may have had it before."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(lock)
-        raise UserError(
-            f"{folder} is in use by another process: wait for it, or give another run_dir"
-        ) from None
+        return False
+    return True
 
 
 def aside_of(folder: Path) -> Path:
@@ -149,7 +167,7 @@ def written_together(folder: Path, group: dist.ProcessGroup | None, needed_bytes
 def alike(group: dist.ProcessGroup | None) -> Iterator[None]:
     """What goes wrong inside on one rank is raised on every rank of the group. Collective: 1 object all-gather.
 
-    `group` None: this process alone. A UserError stays one on every rank, anything else is a RuntimeError elsewhere.
+    `group` None: this process alone. A UserError stays what it is, anything else is a RuntimeError elsewhere.
     """
     error: Exception | None = None
     try:
@@ -157,12 +175,13 @@ def alike(group: dist.ProcessGroup | None) -> Iterator[None]:
     except Exception as failure:
         error = failure
     if group is not None:
-        mine = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
-        everyone: list[tuple[bool, str] | None] = [None] * group.size()
+        kind = type(error) if isinstance(error, UserError) else None
+        mine = None if error is None else (kind, str(error) or repr(error))
+        everyone: list[tuple[type[UserError] | None, str] | None] = [None] * group.size()
         dist.all_gather_object(everyone, mine, group=group)
-        mistake = next((found[1] for found in everyone if found and found[0]), None)
-        if mistake is not None and not isinstance(error, UserError):
-            raise UserError(mistake) from error
+        mistake = next((found[0](found[1]) for found in everyone if found and found[0]), None)
+        if mistake is not None and kind is None:
+            raise mistake from error
         other = next((found[1] for found in everyone if found), None)
         if other is not None and error is None:
             raise RuntimeError(f"another process failed: {other}")

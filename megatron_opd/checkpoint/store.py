@@ -33,7 +33,7 @@ from megatron_opd.checkpoint.published import (
 from megatron_opd.checkpoint.state_read import plain_data_only
 from megatron_opd.checkpoint.weights import STATE, TEACHER_PREFIX, load_chunks, sharded_weights
 from megatron_opd.checkpoint.writing import StateWriting, merged
-from megatron_opd.errors import UserError, why_refused
+from megatron_opd.errors import WRITER_KILLED, Outage, UserError, why_refused
 from megatron_opd.models.gpt import GPT
 from megatron_opd.parallel.groups import all_ranks
 
@@ -187,7 +187,7 @@ class CheckpointStore:
 
     def _refused(self, reason: str) -> UserError:
         kept = ", ".join(path.name for path in published(self.folder)) or "none"
-        return UserError(
+        return (Outage if reason == WRITER_KILLED else UserError)(
             f"cannot save a checkpoint to {self.folder}: {reason}; mend that (or lower checkpoint.keep_last) and start "
             f"the same command again to resume (checkpoints kept: {kept})"
         )

@@ -99,12 +99,13 @@ def render(job: SlurmJob) -> str:
             exit_file=EXIT_FILE,
             machine="".join(f"{line}\n" for line in _machine(job)),
             ports=PORTS,
+            newest=_NEWEST if job.chain == 1 else "",
         ),
     ]
     if job.servers:
         parts.append(_URLS + "\n".join(_server_step(job, index) for index in range(len(job.servers))))
     parts.append(_ranks_step(job))
-    parts.append(_WATCH if job.servers else _WAIT)
+    parts.append(_WATCH.substitute(signal_seconds=job.signal_seconds) if job.servers else _WAIT)
     parts.append((_CHAIN if job.chain > 1 else _REQUEUE).substitute(code=REQUEUE_EXIT, retries=job.retries))
     return "\n".join(parts)
 
@@ -232,7 +233,13 @@ export MASTER_ADDR MASTER_PORT=$$port
 mkdir -p "$$run_dir"
 export $exit_file=$$run_dir/slurm-exit-$$SLURM_JOB_ID
 rm -f "$$$exit_file"
-""")
+$newest""")
+
+_NEWEST = """
+# The newest checkpoint: to stop without another one counts as a failure.
+newest() { readlink "$run_dir/checkpoints/latest" || echo none; }
+at_start=$(newest)
+"""
 
 _URLS = """\
 # SGLang servers, and the key that they ask for.
@@ -262,17 +269,24 @@ wait "$run"
 code=$?
 """
 
-_WATCH = """\
+_WATCH = Template("""\
 wait -n # for the run, or for servers that end before it
-if kill -0 "$run" 2> /dev/null; then
-    echo "servers have ended before the run: see the logs in $run_dir/servers" >&2
-    kill "$run"
+ended=$$?
+if kill -0 "$$run" 2> /dev/null; then
+    echo "servers have ended before the run, which has $signal_seconds s to save: see the logs in $$run_dir/servers" >&2
+    # 143: by SIGTERM, which the ranks have had too; a second signal would end them before they have saved
+    if [ "$$ended" != 143 ]; then kill -USR1 "$$run"; fi
+    for ((left = $signal_seconds; left > 0; left--)); do
+        kill -0 "$$run" 2> /dev/null || break
+        sleep 1
+    done
+    kill "$$run" 2> /dev/null
 fi
-wait "$run"
-code=$?
-kill "${servers[@]}" 2> /dev/null
+wait "$$run"
+code=$$?
+kill "$${servers[@]}" 2> /dev/null
 wait
-"""
+""")
 
 _END = f"""\
 if [ -s "${EXIT_FILE}" ]; then code=$(< "${EXIT_FILE}"); fi
@@ -287,17 +301,21 @@ again() {
     echo "$$1: job $$SLURM_JOB_ID is queued again" >&2
     scontrol requeue "$$SLURM_JOB_ID"
 }
+retry() { # $retries times at most from the same checkpoint
+    local checkpoint
+    checkpoint=$$(newest)
+    echo "$$checkpoint" >> "$$failures"
+    if [ "$$(grep -cxF "$$checkpoint" "$$failures")" -le $retries ]; then
+        again "$$1"
+    else
+        echo "$$1, from checkpoint $$checkpoint as before: job $$SLURM_JOB_ID is not queued again" >&2
+    fi
+}
 case $$code in
     0) rm -f "$$failures" ;;
     2) echo "a mistake to mend: job $$SLURM_JOB_ID is not queued again" >&2 ;;
-    $code) again "saved" ;;
-    *) # a node, a GPU or the network, mostly: again, $retries times at most from the same checkpoint
-        checkpoint=$$(readlink "$$run_dir/checkpoints/latest" || echo none)
-        echo "$$checkpoint" >> "$$failures"
-        if [ "$$(grep -cxF "$$checkpoint" "$$failures")" -le $retries ]; then
-            again "exit code $$code"
-        fi
-        ;;
+    $code) if [ "$$(newest)" != "$$at_start" ]; then again "saved"; else retry "stopped with nothing new saved"; fi ;;
+    *) retry "exit code $$code" ;; # a node, a GPU or the network, mostly
 esac
 exit "$$code"
 """

@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 
 REQUEUE_EXIT = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on. EX_TEMPFAIL of sysexits.h."""
@@ -31,10 +31,11 @@ _PR_SET_PDEATHSIG = 1
 def report_user_error(error: UserError) -> None:
     """Hands `error` to the launcher if there is one, else prints it to stderr as one `error: ...` line.
 
-    Under SLURM only the rank that fails first prints: the mistake mostly is that of every rank.
+    Under SLURM only the rank that fails first prints: the mistake mostly is that of every rank. The process ends with
+    `error.exit_code` then.
     """
-    if leave_exit_code(2):
-        _report(" ".join(str(error).splitlines()), USER_ERROR)
+    if leave_exit_code(error.exit_code):
+        _report(" ".join(str(error).splitlines()), FAILURE if isinstance(error, Outage) else USER_ERROR)
 
 
 def report_failure(line: str) -> None:

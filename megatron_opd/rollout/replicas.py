@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 
 Result = TypeVar("Result")
 Request = tuple[dict[str, Any], Callable[[Any], Result]]  # the body, and what makes the answer a result
@@ -35,7 +35,7 @@ class BadReply(Exception):
     """What a server sent is not an answer to the request; the message says why. Another attempt may succeed."""
 
 
-class WeightsLost(UserError):
+class WeightsLost(Outage):
     """Servers work, but none has the weights that are asked for; it helps to give them these again."""
 
 
@@ -264,14 +264,14 @@ class Replicas:
                 replica.in_flight -= 1
                 self._look_again()
         assert failed is not None
-        raise UserError(
+        raise Outage(
             f"{self._key}: {ATTEMPTS} attempts of one request failed, the last at {failed.url}: {trouble}"
         )
 
     async def _stand_back(self, stalls: Sequence[float], trouble: str) -> None:
         """Rest after answers that came to nothing at these times, longer with each; at last they are an error."""
         if len(stalls) > ATTEMPTS and stalls[-1] - stalls[0] > self._outage_timeout:
-            raise UserError(
+            raise Outage(
                 f"{self._key}: a request has been aborted whenever it was sent for {self._outage_timeout:g} s, and not "
                 f"by this run (the server says: {trouble}): see its log, and who else sends it /abort_request, then "
                 "resume"
@@ -291,7 +291,7 @@ class Replicas:
             patience = min(LOST_AFTER, self._outage_timeout) if outdated else self._outage_timeout
             left = None if working or paused else self._working + patience - time.monotonic()
             if left is not None and left <= 0:
-                raise (WeightsLost if outdated else UserError)(self._outage(patience))
+                raise (WeightsLost if outdated else Outage)(self._outage(patience))
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._changed.wait()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.rollout import guard
 from megatron_opd.rollout.server_start import (
     ServerSettings,
@@ -99,7 +99,7 @@ class Servers:
     def start(self, model: Path, version: str) -> None:
         """Start all servers with these weights and wait until every one answers.
 
-        Raises UserError when a server ends or does not answer within `start_timeout`; none is left then.
+        Raises Outage when a server ends or does not answer within `start_timeout`; none is left then.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._weights = (model.absolute(), version)
@@ -199,7 +199,7 @@ class Servers:
                 server.checked = time.monotonic()
             seconds = time.monotonic() - began
             if seconds > self._settings.start_timeout and not all(server.ready for server in waiting):
-                raise UserError(
+                raise Outage(
                     f"{self._settings.key}.outage_timeout: an SGLang server does not answer after {seconds:.0f} s; it "
                     f"said last: {last_line(waiting[0].log)} (log: {waiting[0].log})"
                 )
@@ -212,7 +212,7 @@ class Servers:
         assert server.process is not None
         code = server.process.poll()
         if code is not None:
-            raise UserError(
+            raise Outage(
                 f"{self._settings.key}: an SGLang server ended with exit code {code} while it started: "
                 f"{last_line(server.log)} (log: {server.log})"
             )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.models.architecture import ServedModel
 from megatron_opd.rollout.replicas import BadReply
 
@@ -21,7 +21,10 @@ def check_contract(ask: Ask, model: ServedModel, longest: int) -> None:
     models, settings = ask("/model_info", None), ask("/server_info", None)
     if all(isinstance(answer, BadReply | UserError) for answer in models.values()):
         url, trouble = next(iter(models.items()))
-        raise UserError(f"teacher.sglang: no server says what it serves; {url}: {trouble}")
+        refused = all(isinstance(answer, UserError) for answer in models.values())
+        raise (UserError if refused else Outage)(
+            f"teacher.sglang: no server says what it serves; {url}: {trouble}"
+        )
     for url, info in models.items():
         if isinstance(info, dict):
             _check_model(url, info, model)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opd.checkpoint.folders import alike
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import GPT
 from megatron_opd.parallel.groups import all_ranks
@@ -189,7 +189,7 @@ class WeightSync:
         refused = all(isinstance(trouble, UserError) for trouble in failed.values())
         if refused or time.monotonic() > deadline:
             url, trouble = next(iter(failed.items()))
-            raise UserError(
+            raise (UserError if refused else Outage)(
                 f"rollout.sglang: no server takes the weights {weights.version}; {url}: {trouble}"
             )
         time.sleep(RETRY_EVERY)

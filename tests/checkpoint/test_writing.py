@@ -80,7 +80,7 @@ def fail(models: Path, folder: Path, signals: list[int]) -> str:
     with pytest.raises(UserError) as caught:
         store.publish()
     assert not store.under_way
-    return str(caught.value)
+    return f"{type(caught.value).__name__}: {caught.value}"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,8 @@ def fail(models: Path, folder: Path, signals: list[int]) -> str:
 def test_a_writer_that_fails_on_one_rank_is_one_line_on_all(gloo, models, tmp_path, signals, reason):
     messages = gloo(2, fail, models, tmp_path, signals)
     assert messages[0] == messages[1]
-    assert messages[0].startswith(f"cannot save a checkpoint to {tmp_path}: {reason}; mend that")
+    kind = "Outage" if signals else "UserError"
+    assert messages[0].startswith(f"{kind}: cannot save a checkpoint to {tmp_path}: {reason}; mend that")
     assert "checkpoints kept: step_00000001" in messages[0]
     assert [path.name for path in published(tmp_path)] == ["step_00000001"]
     assert not list(tmp_path.glob(".writing*"))

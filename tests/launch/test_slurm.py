@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_opd.cli import main
-from megatron_opd.launch.slurm import SlurmJob, render
+from megatron_opd.launch.slurm import ServerNodes, SlurmJob, render
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "slurm"
@@ -122,3 +122,34 @@ def test_a_machine_without_slurm(tmp_path: Path, capsys: Any, monkeypatch: pytes
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = said(capsys, ["launch", "slurm", PLAIN, f"data.prompts={prompts}", "--nodes=4"])
     assert code == 2 and "cannot run sbatch" in err
+
+
+@pytest.mark.parametrize(
+    ("servers", "patience", "saves", "expected"),
+    [(1, 60, "exit 75", 75), (1, 1, "", 143), (143, 60, "exit 75", 0)],
+    ids=["the run saves", "the run does not save in time", "the ranks have been told to stop as well"],
+)
+def test_servers_that_end_before_the_run(
+    servers: int, patience: int, saves: str, expected: int, tmp_path: Path
+) -> None:
+    """The end of the script, with shells in the place of the steps: a run that saves when told, or by itself later."""
+    job = SlurmJob(
+        arguments=["run.yaml"],
+        run_dir=tmp_path,
+        name="x",
+        nodes=1,
+        processes_per_node=1,
+        ranks=1,
+        servers=[ServerNodes(role="rollout", nodes=1, servers=1)],
+        signal_seconds=patience,
+    )
+    watching = "wait -n" + render(job).partition("wait -n")[2].partition("\nif [ -s")[0]
+    by_itself = "[ -e told ] && sleep 1 && exit 0" if servers == 143 else ":"
+    steps = (
+        f"run_dir=.\nbash -c 'trap \"{saves or ':'}\" USR1; touch ready; while :; do {by_itself}; sleep 0.1; done' &\n"
+        f"run=$!\n(until [ -e ready ]; do sleep 0.1; done; touch told; exit {servers}) &\nservers=($!)\n"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'{steps}{watching}\nexit "$code"'], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == expected and "servers have ended before the run" in done.stderr, done

@@ -47,19 +47,26 @@ def submit(
 
 @pytest.fixture
 def stand_in(tmp_path: Path, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the place of `megatron-opd` a program that ends as CODES says of every start."""
+    """In the place of `megatron-opd` a program that ends as CODES says of every start: with a new checkpoint at 75."""
     program = tmp_path / "bin" / "megatron-opd"
     program.parent.mkdir()
     program.write_text(
         f"#!{sys.executable}\n"
         "import os, sys, time\n"
+        "from pathlib import Path\n"
         "from megatron_opd.launch.worker import leave_exit_code\n"
         "codes = os.environ['CODES'].split(',')\n"
         "start = int(os.environ.get('SLURM_RESTART_COUNT', 0)) + int(os.environ.get('SLURM_ARRAY_TASK_ID', 1))\n"
-        "code = int(codes[min(start, len(codes)) - 1])\n"
+        "code = codes[min(start, len(codes)) - 1]\n"
+        "saves, code = code == '75', int(code.removesuffix(' unsaved'))\n"
         "names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURMD_NODENAME')\n"
         "print('started', *(os.environ[name] for name in names), flush=True)\n"
         "time.sleep(0.1 * int(os.environ['RANK']))\n"
+        "if saves and os.environ['RANK'] == '0':\n"
+        "    latest = Path('run/checkpoints/latest')\n"
+        "    latest.parent.mkdir(exist_ok=True)\n"
+        "    latest.unlink(missing_ok=True)\n"
+        "    latest.symlink_to(f'step_{start}')\n"
         "_ = code in (2, 75) and leave_exit_code(code)\n"
         "sys.exit(code)\n"
     )
@@ -98,7 +105,8 @@ def test_two_nodes_with_two_processes_each(
 @pytest.mark.parametrize(
     ("codes", "state", "restarts"),
     [
-        ("75,0", "COMPLETED", "1"),
+        ("75,75,75,0", "COMPLETED", "3"),
+        ("75 unsaved", "FAILED", "1"),
         ("2", "FAILED", "0"),
         pytest.param("1,0", "COMPLETED", "1", marks=pytest.mark.full),
         pytest.param("1", "FAILED", "1", marks=pytest.mark.full),

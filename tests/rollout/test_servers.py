@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.rollout.server_start import ServerSettings
 from megatron_opd.rollout.servers import Servers, last_line
 
@@ -32,9 +32,7 @@ def children() -> set[int]:
 def test_an_environment_without_sglang_is_named_with_the_log(tmp_path: Path) -> None:
     before = children()
     servers = Servers(SETTINGS, tmp_path / "servers", print)
-    with pytest.raises(
-        UserError, match=r"ended with exit code 1 .* No module named '?sglang.*server-\d\.log"
-    ):
+    with pytest.raises(Outage, match=r"ended with exit code 1 .* No module named '?sglang.*server-\d\.log"):
         servers.start(tmp_path, "0")
     assert children() <= before
 
@@ -43,7 +41,7 @@ def test_a_server_that_never_answers_is_ended_in_time(tmp_path: Path) -> None:
     before = children()
     python = script(tmp_path / "python", "echo still loading; exec sleep 600")
     servers = Servers(replace(SETTINGS, python=python, start_timeout=1.0), tmp_path / "servers", print)
-    with pytest.raises(UserError, match=r"^rollout\.sglang\.outage_timeout: .* still loading"):
+    with pytest.raises(Outage, match=r"^rollout\.sglang\.outage_timeout: .* still loading"):
         servers.start(tmp_path, "0")
     assert children() <= before
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megatron_opd.data.rollouts import Rollout
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
 from tests.rollout.fake_server import fake_server
@@ -100,7 +100,7 @@ def test_all_servers_dead_is_an_error_in_time() -> None:
     urls = [nobody(), nobody()]
     engine = SGLangEngine(VOCAB)
     engine.connect(urls, outage_timeout=1.0)
-    with pytest.raises(UserError, match="none of 2 servers has worked for 1 s") as caught:
+    with pytest.raises(Outage, match="none of 2 servers has worked for 1 s") as caught:
         engine.generate(PROMPTS, SAMPLING, 0)
     assert all(re.escape(url) in re.escape(str(caught.value)) for url in urls)
     engine.close()

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_opd.data.prompts import Prompt, PromptStream
 from megatron_opd.data.rollouts import Rollout
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.rollout import replicas
 from megatron_opd.rollout.sampling import Sampling
@@ -186,7 +186,7 @@ def take_twice(urls: list[str], max_staleness: int) -> tuple[list[Rollout], dict
         engine, prompts, SHORT, groups.dp_cp, prompts_per_step=3, max_staleness=max_staleness, last=STEPS
     )
     engine.connect(urls[:1], outage_timeout=0.5)
-    with pytest.raises(UserError, match="none of 1 servers has worked"):
+    with pytest.raises(Outage, match="none of 1 servers has worked"):
         stream.take(1)
     assert prompts.state_dict() == {"position": 0}
     engine.connect(urls[1:], outage_timeout=60.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_opd.data.packing import pack
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.models.architecture import ServedModel, read_served
 from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.rollout.replicas import BadReply
@@ -138,7 +138,7 @@ def test_a_server_that_says_nothing() -> None:
     def ask(path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         return {"http://a:1": BadReply("no route")}
 
-    with pytest.raises(UserError, match="no server says what it serves; http://a:1: no route"):
+    with pytest.raises(Outage, match="no server says what it serves; http://a:1: no route"):
         check_contract(ask, ServedModel(VOCAB, 128, ()), LONGEST)
 
 

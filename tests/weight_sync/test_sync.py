@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_opd.data.rollouts import Rollout
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Outage, UserError
 from megatron_opd.parallel.groups import ParallelLayout
 from megatron_opd.rollout.replicas import BadReply
 from megatron_opd.rollout.sampling import Sampling
@@ -240,7 +240,7 @@ def test_an_update_that_is_cut_short_is_begun_again(
 
 
 def test_mixed_weights_have_no_version(gloo: GlooPools, served: SGLangServer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no server takes the weights 5; http.*: cut"):
+    with pytest.raises(Outage, match=r"no server takes the weights 5; http.*: cut"):
         gloo(1, push_cut_short, served.models[1], served.url, tmp_path / "weights", tensor, 99, 3.0)
     version, sums = version_and_sums(served)
     assert version == "5, incomplete"
