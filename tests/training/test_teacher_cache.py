@@ -161,6 +161,20 @@ def test_the_second_epoch_and_the_second_run_ask_no_teacher(gloo: GlooPools, tmp
     assert [row["teacher_cache_hits"] for row in rows] == [0] * 3 + [4] * 3, "another teacher"
 
 
+def student_topk(inputs: Path, run_dir: Path, **changes: Any) -> list[dict[str, float]]:
+    return two_epochs(inputs, run_dir, objective__support="student_topk", objective__k=4, **changes)
+
+
+def test_a_megatron_teacher_does_not_read_the_ids_of_the_student(gloo: GlooPools, tmp_path: Path) -> None:
+    """Whichever they are: its payload is the same, and used again."""
+    save_job_models(tmp_path)
+    write_prompts(tmp_path / "prompts.jsonl", 12)
+    rows = gloo(1, student_topk, tmp_path, tmp_path / "run", teacher__cache=tmp_path / "cache")[0]
+    assert [(row["teacher_cache_hits"], row["teacher_cache_misses"]) for row in rows] == [(0, 4)] * 3 + [
+        (4, 0)
+    ] * 3
+
+
 def served_epochs(inputs: Path, run_dir: Path, url: str, cache: Path) -> list[dict[str, float]]:
     """The same with a teacher at a server, which is asked for nothing but the self-test where all is there."""
     changes = {"teacher__engine": "sglang", "teacher__sglang__urls": f"[{url}]", "teacher__cache": cache}
