@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opd.checkpoint.fingerprint import fingerprint
+from megatron_opd.checkpoint.fingerprint import FINGERPRINTS, fingerprint
 from megatron_opd.checkpoint.head import load_head
 from megatron_opd.checkpoint.weights import join_load, load_model_weights
 from megatron_opd.config.schema import Config
@@ -217,10 +217,13 @@ def cached_teacher(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> CachedTeacher:
-    """The same behind the files of `teacher.cache`. Collective over the student's ranks; one reads the weights."""
+    """The same behind the files of `teacher.cache`. Collective over the student's ranks; one reads the weights.
+
+    Reading them takes minutes where they are large, so the checksums are remembered in the cache's folder.
+    """
     everyone, folder = all_ranks(groups), config.teacher.cache
     assert folder is not None
-    found = [fingerprint(config.teacher.folder) if everyone.rank() == 0 else ""]
+    found = [fingerprint(config.teacher.folder, known=folder / FINGERPRINTS) if everyone.rank() == 0 else ""]
     dist.broadcast_object_list(found, group=everyone, group_src=0)
     if checked.teacher is not None:
         form = payload_format(config, checked.teacher, checked.vocab_size)
