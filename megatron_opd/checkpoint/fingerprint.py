@@ -4,6 +4,7 @@ import hashlib
 import json
 import secrets
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,11 +31,11 @@ def fingerprint(folder: Path, known: Path | None = None) -> str:
     size = sum(path.stat().st_size for path in unknown)
     if size >= LONG:
         print(f"{folder}: reading {size / 1e9:.0f} GB to know the teacher by", file=sys.stderr)
-    new = {files[path]: checksum(path) for path in unknown}
-    sums |= new
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        sums |= zip([files[path] for path in unknown], pool.map(checksum, unknown), strict=True)
     for state in files.values():
         found.update(sums[state].encode())
-    if known is not None and new:
+    if known is not None and unknown:
         _remember(known, sums)
     return found.hexdigest()
 
