@@ -163,7 +163,8 @@ def test_the_second_epoch_and_the_second_run_ask_no_teacher(gloo: GlooPools, tmp
 
 
 def student_topk(inputs: Path, run_dir: Path, **changes: Any) -> list[dict[str, float]]:
-    return two_epochs(inputs, run_dir, objective__support="student_topk", objective__k=4, **changes)
+    support: dict[str, Any] = {"objective__support": "student_topk", "objective__remainder": "renormalize"}
+    return two_epochs(inputs, run_dir, objective__k=4, **support, **changes)
 
 
 def test_a_megatron_teacher_does_not_read_the_ids_of_the_student(gloo: GlooPools, tmp_path: Path) -> None:
