@@ -7,7 +7,7 @@
 - `state_read`, `state_write`: megatron-core's checkpoint format, tensor by tensor.
 - `safetensors_files`: safetensors files, tensor by tensor.
 - `checksums`: of a Megatron folder's files, recorded and compared.
-- `fingerprint`: which weights a folder holds, told without reading all of them.
+- `fingerprint`: which weights a folder holds, by their checksums, which are remembered.
 - `shared_count`: what the processes of a conversion have moved together.
 - `store`: a run's checkpoints, saved and resumed; `writing`: their files, written while the training goes on;
   `published`: how they appear and go again, atomically.

@@ -96,7 +96,7 @@ class StateWriting:
         with outcome:
             try:
                 found: tuple[list[Any], str] | Exception = pickle.load(outcome)
-            except EOFError:
+            except (EOFError, pickle.UnpicklingError):  # killed before, or while it was written
                 code = process.exitcode or 0
                 killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
                 return RuntimeError(f"a writer {killed or f'ended with exit code {code}'}")

@@ -154,7 +154,9 @@ class TeacherConfig(OffloadConfig):
     cache: LocalPath | None = Field(
         None,
         description="Folder that keeps what the teacher says of each response: the same response is not scored again, "
-        "in this run or another. All processes have to see it. Evaluations do not use it. null: nothing is kept.",
+        "in this run or another. All processes have to see it. Evaluations do not use it. What it depends on is the "
+        "response's ids, the weights in `path` and `sglang.arguments`: servers in `sglang.urls` that are started "
+        "otherwise, quantized say, need a folder of their own. null: nothing is kept.",
     )
     cache_gb: PositiveWeight = Field(
         100.0, description="Gigabytes that `cache` may hold, about; then what was written first is deleted."

@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,8 @@ class Verdict(NamedTuple):
 class Grader:
     """Judges answers in a process of its own, which lives as long as `with Grader() as grader:` does.
 
-    A judgement may take `seconds` of CPU time. The same answer to the same problem is judged once.
+    A judgement may take `seconds` of CPU time. The same answer to the same problem is judged once; over one that ends
+    the process a new process tries once more, for the first may have been killed for another reason.
     """
 
     def __init__(self, seconds: int = CPU_SECONDS) -> None:
@@ -75,15 +77,27 @@ class Grader:
         return self._known[key]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._process is None:
-            self._start()
-        reply = self._exchange(json.dumps(request).encode() + b"\n")
-        if reply is None:
-            self._end()
-            return {"score": 0.0, "trouble": "given up: the grading process ended over it"}
-        return reply
+        line = json.dumps(request).encode() + b"\n"
+        for _ in range(2):
+            if self._process is None:
+                self._start()
+            reply = self._exchange(line)
+            if reply is not None:
+                return reply
+            if self._end() == -signal.SIGXCPU:
+                return {"score": 0.0, "trouble": "given up: it takes too long"}
+        return {"score": 0.0, "trouble": "given up: the grading process ended over it, twice"}
 
     def _start(self) -> None:
+        """Start a process; once more if it ends, as by a signal to all of the run's processes that it does not yet
+        ignore."""
+        if self._started() or self._started():
+            return
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines() or ["(it says nothing)"]
+        raise UserError(f"evaluation.tasks: the grading process does not start: {lines[-1][:300]}")
+
+    def _started(self) -> bool:
         self._errors.seek(0)
         self._errors.truncate()
         environment = {**os.environ, "PYTHONHASHSEED": "0"}  # generators may go by the order of sets
@@ -94,14 +108,13 @@ class Grader:
             stderr=self._errors,
             env=environment,
         )
-        if self._exchange(b"") is None:
+        ready = self._exchange(b"") == {"ready": True}
+        if not ready:
             self._end()
-            self._errors.seek(0)
-            lines = self._errors.read().decode(errors="replace").strip().splitlines() or ["(it says nothing)"]
-            raise UserError(f"evaluation.tasks: the grading process does not start: {lines[-1][:300]}")
+        return ready
 
     def _exchange(self, line: bytes) -> dict[str, Any] | None:
-        """Send a line and read one; None if the process has ended, or says nothing for ever."""
+        """Send a line and read one; None if the process has ended. One that says nothing for ever is ended here."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
@@ -110,12 +123,16 @@ class Grader:
         except BrokenPipeError:
             return None
         if not select.select([process.stdout], [], [], WALL_SECONDS)[0]:
-            return None
+            self._end()
+            return {"score": 0.0, "trouble": "given up: the grading process neither computes nor answers"}
         reply = process.stdout.readline()
         return json.loads(reply) if reply.endswith(b"\n") else None
 
-    def _end(self) -> None:
+    def _end(self) -> int | None:
+        """Kill the process if there is one; returns how it ended, or had ended before: its return code."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        if process is None:
+            return None
+        process.kill()
+        process.communicate()
+        return process.returncode

@@ -2,7 +2,8 @@
 
 Nothing that a model writes is trusted: math-verify and the scorers of reasoning-gym may run for ever over it, or take
 all memory. A judgement has SECONDS of CPU time; what other processes take does not count. What goes on beyond that, in
-C say, ends this process, which the other side then starts again. It says {"ready": true} first.
+C say, ends this process, which the other side then starts again. It says {"ready": true} first. It ends with its
+stdin: signals by which a run is stopped, which may well come to all of its processes, do not take an answer from it.
 """
 
 import json
@@ -21,6 +22,7 @@ CPU_SECONDS = 5  # of one judgement, unless told otherwise; then it is given up
 LAST_CPU_SECONDS = 5  # more, then the kernel ends this process
 LISTING_SECONDS = 600  # the same for making a whole data set
 MEMORY = 6 << 30  # bytes of address space
+_OF_THE_RUN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class GivenUp(BaseException):
@@ -29,6 +31,8 @@ class GivenUp(BaseException):
 
 def main(seconds: int) -> None:
     """Answers every line of stdin until it ends; a judgement may take so many seconds of CPU time."""
+    for number in _OF_THE_RUN:
+        signal.signal(number, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no reply
     logging.disable(logging.CRITICAL)

@@ -100,7 +100,7 @@ def _summary(runs: Sequence[Run]) -> str:
     head = ["run", "teacher → student", "objective", "steps", "tokens", "training KL", "held-out KL", "time"]
     rows = []
     for number, run in enumerate(runs):
-        models = "<br>→ ".join(_model(run.config.get(f"{role}.path")) for role in ("teacher", "student"))
+        models = "<br>→ ".join(_models(run, role) for role in ("teacher", "student"))
         seconds = sum(step_seconds(run)[1])
         training = next(
             (s for s in ("reverse_kl", "reverse_kl_sampled", "topk_divergence") if run.series(s)[1]), "loss"
@@ -115,8 +115,12 @@ def _summary(runs: Sequence[Run]) -> str:
     return note + _table(head, rows, numbers=5)
 
 
-def _model(path: object) -> str:
-    return f"<span class='model'>{escape(Path(str(path)).name) if path else 'servers'}</span>"
+def _models(run: Run, role: str) -> str:
+    """The folder's name; of several teachers the names that the configuration gives them."""
+    path = run.config.get(f"{role}.path")
+    several = [key.removeprefix(f"{role}.paths.") for key in run.config if key.startswith(f"{role}.paths.")]
+    name = Path(str(path)).name if path else ", ".join(several)
+    return f"<span class='model'>{escape(name)}</span>"
 
 
 def _objective(run: Run) -> str:

@@ -165,8 +165,9 @@ class RunLog:
         try:
             with self._writing():
                 write_report([self.run_dir], page, self._decode)
-        except UserError as error:
-            self.say(f"no report: {error}")
+        except Exception as error:  # whatever a page stumbles over
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self.say(f"no report: {kind}{' '.join(str(error).split())[:300]}")
             return None
         return page
 

@@ -1,5 +1,6 @@
 """The models of a run: student, teacher and reference, with their weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opd.checkpoint.fingerprint import fingerprint
+from megatron_opd.checkpoint.fingerprint import FINGERPRINTS, fingerprint
 from megatron_opd.checkpoint.head import load_head
 from megatron_opd.checkpoint.weights import join_load, load_model_weights
-from megatron_opd.config.schema import Config
+from megatron_opd.config.schema import Config, TeacherConfig
 from megatron_opd.models.architecture import Architecture
 from megatron_opd.models.gpt import DTYPES, GPT, build_gpt
 from megatron_opd.parallel.groups import ParallelLayout, all_ranks
@@ -217,10 +218,13 @@ def cached_teacher(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> CachedTeacher:
-    """The same behind the files of `teacher.cache`. Collective over the student's ranks; one reads the weights."""
+    """The same behind the files of `teacher.cache`. Collective over the student's ranks; one reads the weights.
+
+    Reading them takes minutes where they are large, so the checksums are remembered in the cache's folder.
+    """
     everyone, folder = all_ranks(groups), config.teacher.cache
     assert folder is not None
-    found = [fingerprint(config.teacher.folder) if everyone.rank() == 0 else ""]
+    found = [fingerprint(config.teacher.folder, known=folder / FINGERPRINTS) if everyone.rank() == 0 else ""]
     dist.broadcast_object_list(found, group=everyone, group_src=0)
     if checked.teacher is not None:
         form = payload_format(config, checked.teacher, checked.vocab_size)
@@ -228,6 +232,15 @@ def cached_teacher(
         assert checked.served is not None
         k, vocab = served_k(config), checked.served.vocab_size
         form = PayloadFormat("topk" if k else "sampled", 0, vocab, DTYPES[config.precision], k=k)
-    source = Source(found[0], config.teacher.engine, form)
+    source = Source(found[0], engine_of(config.teacher), form)
     cache = PayloadCache(folder, source, max_bytes=1e9 * config.teacher.cache_gb, writers=groups.dp.size())
     return CachedTeacher(teacher, cache, groups, device, multiple=layout.microbatch_multiple)
+
+
+def engine_of(teacher: TeacherConfig) -> str:
+    """What runs the teacher, as part of the key of what it says; servers with the arguments that they are started by.
+
+    What servers at `urls` do beyond the weights of `teacher.path`, such as to quantize them, is not known.
+    """
+    arguments = teacher.sglang.arguments if teacher.engine == "sglang" else []
+    return " ".join([teacher.engine, *(json.dumps(each) for each in arguments)])

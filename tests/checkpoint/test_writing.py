@@ -1,7 +1,10 @@
 """The writers of a checkpoint: what becomes of a save when one fails, is killed, or is told to stop with the run."""
 
 import errno
+import io
+import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -99,6 +102,15 @@ def test_a_writer_that_fails_on_one_rank_is_one_line_on_all(gloo, models, tmp_pa
     assert "checkpoints kept: step_00000001" in messages[0]
     assert [path.name for path in published(tmp_path)] == ["step_00000001"]
     assert not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize("left", [0, 1, 40, 900])
+def test_a_writer_that_is_killed_while_it_tells_its_outcome(left):
+    process = multiprocessing.get_context("fork").Process(target=os.kill, args=(os.getpid(), 0))
+    process.start()
+    outcome = io.BytesIO(pickle.dumps(([("file", "x" * 900)], "a" * 64))[:left])
+    found = writing.StateWriting._outcome(None, process, outcome)
+    assert isinstance(found, RuntimeError) and "a writer ended with exit code 0" in str(found)
 
 
 def stopped(models: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 r"""Answers found in responses, and judged: right and wrong pairs, and what would hang or crash a grader."""
 
 import resource
+import signal
 
 import pytest
 
@@ -124,12 +125,55 @@ def test_an_answer_that_takes_for_ever_is_given_up_and_the_next_is_judged():
         assert grader.grade(r"\sqrt{9}", "3").score == 1
 
 
-def test_a_grader_that_dies_is_started_again(grader):
+def test_an_answer_is_right_whatever_signal_comes_before_it(grader):
+    """Signals that stop a run are ignored; one that is killed is started again, and judges what was asked."""
     assert grader.grade(r"\sqrt{16}", "4").score == 1
-    grader._process.kill()
-    found = grader.grade(r"\sqrt{25}", "5")
-    assert found.score == 0 and "ended" in found.trouble
-    assert grader.grade(r"\sqrt{36}", "6").score == 1
+    process = grader._process
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    assert grader.grade(r"\sqrt{25}", "5").score == 1 and grader._process is process
+    process.send_signal(signal.SIGKILL)
+    assert grader.grade(r"\sqrt{36}", "6") == (1, "") and grader._process is not process
+
+
+def test_an_answer_that_ends_two_processes_is_given_up(grader, monkeypatch):
+    """Stood in for by processes that are killed as soon as they are ready."""
+    start, pids = grader._start, []
+
+    def start_and_kill():
+        start()
+        pids.append(grader._process.pid)
+        grader._process.kill()
+
+    grader._end()
+    with monkeypatch.context() as patch:
+        patch.setattr(grader, "_start", start_and_kill)
+        found = grader.grade(r"\sqrt{49}", "7")
+        assert found.score == 0 and "ended over it, twice" in found.trouble and len(set(pids)) == 2
+        assert grader.grade(r"\sqrt{49}", "7") == found and len(pids) == 2
+    assert grader.grade(r"\sqrt{64}", "8").score == 1
+
+
+def test_the_limit_of_the_kernel_is_a_verdict(grader, monkeypatch):
+    assert grader.grade(r"\sqrt{81}", "9").score == 1
+    grader._process.send_signal(signal.SIGXCPU)
+    monkeypatch.setattr(grader, "_start", pytest.fail)
+    found = grader.grade(r"\sqrt{100}", "10")
+    assert found.score == 0 and "too long" in found.trouble
+
+
+def test_a_signal_before_the_process_ignores_it_is_mended(monkeypatch):
+    popen, started = grading.subprocess.Popen, []
+
+    def killed_at_once(*args, **options):
+        started.append(popen(*args, **options))
+        if len(started) == 1:
+            started[0].kill()
+        return started[-1]
+
+    monkeypatch.setattr(grading.subprocess, "Popen", killed_at_once)
+    with Grader() as one:
+        assert one.grade(r"\sqrt{9}", "3").score == 1 and len(started) == 2
 
 
 def test_a_grader_that_does_not_start_says_why(monkeypatch):

@@ -129,6 +129,11 @@ def test_several_runs_are_overlaid_and_their_settings_compared(tmp_path: Path) -
     assert "0.001" in differences and "0.01" in differences
 
 
+def test_several_teachers_are_told_by_name(tmp_path: Path) -> None:
+    several = {"teacher__path": None, "teacher__paths": {"maths": "models/a", "code": "models/b"}}
+    assert "maths, code→ small" in page_of(write_run(tmp_path / "run", **several)).text
+
+
 def test_the_command_writes_the_page_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     with pytest.raises(SystemExit) as ended:

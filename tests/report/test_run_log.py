@@ -119,6 +119,22 @@ def test_a_disk_that_fills_up_under_the_curve(tmp_path: Path) -> None:
             log.summarise(checkpoint=tmp_path / "latest", export=None)
 
 
+@pytest.mark.parametrize("error", [KeyError("a"), OSError(errno.EIO, "Input/output\nerror"), MemoryError()])
+def test_whatever_keeps_the_report_from_being_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("megatron_opd.report.run_log.write_report", broken)
+    with open_log(tmp_path) as log:
+        log.record(1, ROW, [ROLLOUT])
+        log.summarise(checkpoint=tmp_path / "latest", export=None)
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if f"no report: {type(error).__name__}: " in line)
+    assert "─" in lines[at + 1] and "latest" in "".join(lines[at + 2 :])
+
+
 def test_a_disk_that_is_full_when_the_files_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

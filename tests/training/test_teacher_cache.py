@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config.schema import Config
+from megatron_opd.config.schema import Config, TeacherConfig
 from megatron_opd.teacher import sglang as scoring
 from megatron_opd.teacher.cached import CachedTeacher
 from megatron_opd.train import train_step
+from megatron_opd.training.models import engine_of
 from megatron_opd.training.teaching import teaching
 from tests.data.tiny_tokenizer import write_prompts
 from tests.gloo_pool import GlooPools
@@ -159,6 +160,32 @@ def test_the_second_epoch_and_the_second_run_ask_no_teacher(gloo: GlooPools, tmp
     save_tiny_model(other, seed=3, hidden=96, tied=False)
     rows = gloo(1, two_epochs, tmp_path, tmp_path / "three", **kept, teacher__path=other)[0]
     assert [row["teacher_cache_hits"] for row in rows] == [0] * 3 + [4] * 3, "another teacher"
+
+
+def student_topk(inputs: Path, run_dir: Path, **changes: Any) -> list[dict[str, float]]:
+    support: dict[str, Any] = {"objective__support": "student_topk", "objective__remainder": "renormalize"}
+    return two_epochs(inputs, run_dir, objective__k=4, **support, **changes)
+
+
+def test_a_megatron_teacher_does_not_read_the_ids_of_the_student(gloo: GlooPools, tmp_path: Path) -> None:
+    """Whichever they are: its payload is the same, and used again."""
+    save_job_models(tmp_path)
+    write_prompts(tmp_path / "prompts.jsonl", 12)
+    rows = gloo(1, student_topk, tmp_path, tmp_path / "run", teacher__cache=tmp_path / "cache")[0]
+    assert [(row["teacher_cache_hits"], row["teacher_cache_misses"]) for row in rows] == [(0, 4)] * 3 + [
+        (4, 0)
+    ] * 3
+
+
+def test_servers_started_otherwise_are_another_source() -> None:
+    def engine(**settings: Any) -> str:
+        return engine_of(TeacherConfig.model_validate({"path": "model", **settings}))
+
+    plain, fp8, other = (
+        engine(engine="sglang", sglang={"python": "python", "arguments": arguments})
+        for arguments in ([], ["--quantization", "fp8"], ["--quantization fp8"])
+    )
+    assert len({engine(), plain, fp8, other}) == 4 and (engine(), plain) == ("megatron", "sglang")
 
 
 def served_epochs(inputs: Path, run_dir: Path, url: str, cache: Path) -> list[dict[str, float]]:
