@@ -41,7 +41,7 @@ sglang-cpu: $(VENV)/.installed-quickstart $(SGLANG)/.installed
 	$(BIN)/python -m tools.quickstart examples/sglang-cpu/config.yaml
 
 test: lint $(OWN_SGLANG)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-full: export MEGATRON_OPD_FULL := 1
 test-full: test

@@ -74,7 +74,7 @@ class StateWriting:
         Raises CheckpointException on every rank when a file of any could not be written; only rank 0's says why.
         Collectives: megatron-core's, over WORLD.
         """
-        outcomes = [self._outcome(*writer) for writer in self._writers]
+        outcomes = [_outcome(*writer) for writer in self._writers]
         failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         written = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
         if self._writers:  # read by megatron-core's first function below
@@ -89,18 +89,6 @@ class StateWriting:
         for process, _ in self._writers:
             process.kill()
             process.join()
-
-    def _outcome(self, process: ForkProcess, outcome: BinaryIO) -> tuple[list[Any], str] | Exception:
-        process.join()
-        outcome.seek(0)
-        with outcome:
-            try:
-                found: tuple[list[Any], str] | Exception = pickle.load(outcome)
-            except (EOFError, pickle.UnpicklingError):  # killed before, or while it was written
-                code = process.exitcode or 0
-                killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
-                return RuntimeError(f"a writer {killed or f'ended with exit code {code}'}")
-        return found
 
 
 def merged(sums: dict[str, str]) -> dict[str, str]:
@@ -128,3 +116,16 @@ def _write(transforms: list[Any], index: int, bucket: Any, outcome: BinaryIO) ->
 def _nothing(common: dict[str, Any]) -> dict[str, Any]:
     del common
     return {}
+
+
+def _outcome(process: ForkProcess, outcome: BinaryIO) -> tuple[list[Any], str] | Exception:
+    process.join()
+    outcome.seek(0)
+    with outcome:
+        try:
+            found: tuple[list[Any], str] | Exception = pickle.load(outcome)
+        except (EOFError, pickle.UnpicklingError):  # killed before, or while it was written
+            code = process.exitcode or 0
+            killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
+            return RuntimeError(f"a writer {killed or f'ended with exit code {code}'}")
+    return found

@@ -109,7 +109,7 @@ def test_a_writer_that_is_killed_while_it_tells_its_outcome(left):
     process = multiprocessing.get_context("fork").Process(target=os.kill, args=(os.getpid(), 0))
     process.start()
     outcome = io.BytesIO(pickle.dumps(([("file", "x" * 900)], "a" * 64))[:left])
-    found = writing.StateWriting._outcome(None, process, outcome)
+    found = writing._outcome(process, outcome)
     assert isinstance(found, RuntimeError) and "a writer ended with exit code 0" in str(found)
 
 

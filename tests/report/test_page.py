@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -130,7 +131,10 @@ def test_several_runs_are_overlaid_and_their_settings_compared(tmp_path: Path) -
 
 
 def test_several_teachers_are_told_by_name(tmp_path: Path) -> None:
-    several = {"teacher__path": None, "teacher__paths": {"maths": "models/a", "code": "models/b"}}
+    several: dict[str, Any] = {
+        "teacher__path": None,
+        "teacher__paths": {"maths": "models/a", "code": "models/b"},
+    }
     assert "maths, code→ small" in page_of(write_run(tmp_path / "run", **several)).text
 
 
