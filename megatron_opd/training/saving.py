@@ -52,14 +52,15 @@ class Saves:
 
     def advance(self) -> None:
         """Complete the save under way if everything of it is written by now."""
-        with self._timed():
-            if self._store.written():
-                self._publish()
+        if self._store.under_way:
+            with self._timed():
+                if self._store.written():
+                    self._publish()
 
     def finish(self) -> None:
         """Wait for the save under way, if there is one, and complete it."""
-        with self._timed():
-            if self._store.under_way:
+        if self._store.under_way:
+            with self._timed():
                 self._publish()
 
     def take_seconds(self) -> float:
