@@ -23,13 +23,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from megatron_opd.checkpoint.checksums import checksum
 
-_OURS_TO_HEED = (
-    "SIGINT",
-    "SIGTERM",
-    "SIGHUP",
-    "SIGUSR1",
-    "SIGUSR2",
-)  # a run that is stopped waits for its save
+# What may stop a run, which then waits for its save.
+_OURS_TO_HEED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StateWriting:
@@ -60,7 +55,11 @@ class StateWriting:
         process = multiprocessing.get_context("fork").Process(
             target=_write, args=(transforms, index, self._files[index], outcome), daemon=True
         )
-        process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS_TO_HEED)  # until the writer ignores them
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return process, outcome
 
     @property
@@ -101,8 +100,9 @@ def merged(sums: dict[str, str]) -> dict[str, str]:
 def _write(transforms: list[Any], index: int, bucket: Any, outcome: BinaryIO) -> None:
     """Runs in the forked process: write one file, read it back for its checksum, leave both results in `outcome`."""
     gc.disable()  # it would free what belongs to the GPU of the process before the fork
-    for name in _OURS_TO_HEED:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _OURS_TO_HEED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS_TO_HEED)
     results: queue.Queue[Any] = queue.Queue()
     count: queue.Queue[int] = queue.Queue()
     count.put(index)
