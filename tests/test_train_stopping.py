@@ -127,6 +127,7 @@ def test_a_long_rollout_is_cut_off(inputs: Path, tmp_path: Path) -> None:
         assert stopped_at(launcher, run_dir, "SIGTERM") == 1
 
 
+@pytest.mark.full
 def test_ctrl_c_saves_and_again_ends_at_once(inputs: Path, tmp_path: Path) -> None:
     """The second one comes while thousands of held-out responses are drawn, which are finished otherwise."""
     run_dir = tmp_path / "run"
