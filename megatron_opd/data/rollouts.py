@@ -4,7 +4,7 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -62,23 +62,32 @@ def write_rollouts(
     decode: Callable[[list[int]], str] | None = None,
     traces: Sequence[Mapping[str, Sequence[float | None]]] = (),
 ) -> None:
-    """Write one JSON object a line, aside and then renamed, so that a reader never meets half a file.
+    """Write one JSON object a line, see `write_objects`.
 
     Lossless: floats are written with the digits that read back as the same number, the kept ids as base64 of their
     compressed int32. With `decode` (token ids to text) every object also gets `prompt` and `response` as text, for
     people, and with `traces`, one a rollout or for the first of them, a `trace`: lists with a number a response token.
     `read_rollouts` ignores them.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+
+    def records() -> Iterator[dict[str, Any]]:
         for index, rollout in enumerate(rollouts):
             record = _record(rollout)
             if decode is not None:
                 record |= {"prompt": decode(rollout.prompt_ids), "response": decode(rollout.response_ids)}
             if index < len(traces):
                 record["trace"] = traces[index]
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            yield record
+
+    write_objects(path, records())
+
+
+def write_objects(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, aside and then renamed, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
     os.replace(aside, path)
 
 

@@ -1,7 +1,5 @@
 """One evaluation: responses to all tasks, drawn by all ranks, graded by rank 0, kept as JSONL."""
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch.distributed as dist
 from megatron_opd.checkpoint.folders import alike
 from megatron_opd.config.schema import Config
 from megatron_opd.data.prompts import Prompt
-from megatron_opd.data.rollouts import Rollout
+from megatron_opd.data.rollouts import Rollout, write_objects
 from megatron_opd.errors import UserError, why_refused
 from megatron_opd.evaluation.answers import extract_answer, normalised
 from megatron_opd.evaluation.grading import RIGHT, Grader
@@ -55,7 +53,7 @@ def evaluate_tasks(
             with alike(group):
                 if group.rank() == 0:
                     samples = list(graded(task, rollouts, drawing.decode, grader))
-                    write_samples(folder / f"{task.name}.jsonl", samples)
+                    _keep(folder / f"{task.name}.jsonl", samples)
                     k = task.config.k
                     each = [_scored(samples[start : start + k]) for start in range(0, len(samples), k)]
                     scores[task.name] = scores_of(each, config.seed)
@@ -106,14 +104,10 @@ def _scored(samples: Sequence[Mapping[str, Any]]) -> list[Graded]:
     ]
 
 
-def write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, so that the file is whole or not there. Raises UserError for a full disk."""
-    aside = path.with_name(path.name + ".tmp")
+def _keep(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Write the graded responses. Raises UserError for a full disk."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        os.replace(aside, path)
+        write_objects(path, samples)
     except OSError as error:
         raise UserError(f"cannot write {path}: {why_refused(error) or error.strerror}") from None
 

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,21 +16,19 @@ from transformers import PreTrainedTokenizerBase
 from megatron_opd.config.checks import check_fields
 from megatron_opd.config.layout_checks import check_divisible, check_experts, data_parallel_size
 from megatron_opd.config.schema import Config
-from megatron_opd.data.prompts import Prompt
-from megatron_opd.data.rollouts import Rollout
 from megatron_opd.data.tokenizer import load_tokenizer, stop_ids
 from megatron_opd.errors import UserError
-from megatron_opd.evaluation.evaluate import Drawing, as_json, drawn_together, evaluate_tasks
+from megatron_opd.evaluation.evaluate import as_json
 from megatron_opd.evaluation.scores import TaskScores
 from megatron_opd.evaluation.tasks import Task, read_tasks
 from megatron_opd.models.architecture import Architecture, read_architecture
 from megatron_opd.models.gpt import GPT
 from megatron_opd.parallel import cpu
-from megatron_opd.parallel.groups import ParallelLayout, all_ranks, build_groups
+from megatron_opd.parallel.groups import ParallelLayout, build_groups
 from megatron_opd.rollout.local import LocalEngine
-from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.rollout.sharded import RolloutEngine, generate_sharded
+from megatron_opd.rollout.sharded import RolloutEngine
+from megatron_opd.training.evaluating import task_scores
 from megatron_opd.training.job import init_distributed
 from megatron_opd.training.models import load_gpt
 from megatron_opd.training.relay import layout_of
@@ -164,16 +161,9 @@ def engine_of(
 
 def scores_on_rank_0(evaluated: Evaluated, say: Callable[[str], None]) -> dict[str, TaskScores]:
     """The scores by task on rank 0, {} elsewhere; `say` is told what servers do. Collective over the model's ranks."""
-    config, texts, groups = evaluated.config, evaluated.texts, evaluated.groups
-
-    def draw(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        return generate_sharded(evaluated.engine, prompts, sampling, weight_version=0, group=groups.dp_cp)
-
-    decode = partial(texts.tokenizer.decode, skip_special_tokens=True)
-    drawing = Drawing(draw, texts.stop_ids, decode, drawn_together(config))
     with serving(evaluated, say) as publish:
         publish(0)
-        return evaluate_tasks(texts.tasks, drawing, config, config.run_dir, all_ranks(groups))
+        return task_scores(evaluated, 0, publish, evaluated.config.run_dir)
 
 
 def _say(line: str) -> None:

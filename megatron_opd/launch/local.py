@@ -70,6 +70,7 @@ class _Rank:
     failed: bool = False  # by itself, not because of what this program sent it
 
     def start(self, arguments: Sequence[str], processes: int, port: int) -> "_Rank":
+        """Start it as one of so many ranks, whose store is at `port`."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment = {
             "OMP_NUM_THREADS": str(max(1, cores // processes)),

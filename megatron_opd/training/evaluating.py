@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from megatron_opd.data.prompts import Prompt
 from megatron_opd.data.rollouts import Rollout
@@ -11,7 +12,7 @@ from megatron_opd.parallel.groups import all_ranks
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.rollout.sharded import generate_sharded
 from megatron_opd.training.job import Job
-from megatron_opd.training.serving import Publish, drawn, unserved
+from megatron_opd.training.serving import Publish, Served, drawn, unserved
 from megatron_opd.watch.phases import EVALUATION
 
 HELDOUT_SEED_OFFSET = 1_000_003  # held-out rollouts have noise of their own, the same at every evaluation
@@ -24,7 +25,8 @@ def evaluate(job: Job, step: int, publish: Publish = unserved) -> dict[str, floa
         if job.texts.heldout:
             metrics |= evaluate_heldout(job, step, publish)
         if job.texts.tasks:
-            metrics |= metrics_of(task_scores(job, step, publish))
+            folder = job.config.run_dir / "evaluation" / f"step_{step:08d}"
+            metrics |= metrics_of(task_scores(job, step, publish, folder))
     return metrics | {"eval/seconds": job.phases.seconds[EVALUATION]}
 
 
@@ -44,20 +46,19 @@ def evaluate_heldout(job: Job, step: int, publish: Publish = unserved) -> dict[s
     }
 
 
-def task_scores(job: Job, step: int, publish: Publish) -> dict[str, TaskScores]:
-    """By task, on rank 0; {} elsewhere. Samples are kept in `evaluation/step_...` of the run directory.
+def task_scores(model: Served, step: int, publish: Publish, folder: Path) -> dict[str, TaskScores]:
+    """By task, on rank 0; {} elsewhere. Samples are kept in `folder`.
 
-    Collective over the student's ranks. Raises UserError on every rank alike.
+    Collective over the model's ranks. Raises UserError on every rank alike.
     """
-    engine, texts, config = job.engine, job.texts, job.config
+    engine, texts, config, groups = model.engine, model.texts, model.config, model.groups
 
     def draw(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         def once() -> list[Rollout]:
-            return generate_sharded(engine, prompts, sampling, weight_version=step, group=job.groups.dp_cp)
+            return generate_sharded(engine, prompts, sampling, weight_version=step, group=groups.dp_cp)
 
         return drawn(once, publish, step)
 
     decode = partial(texts.tokenizer.decode, skip_special_tokens=True)
     drawing = Drawing(draw, texts.stop_ids, decode, drawn_together(config))
-    folder = config.run_dir / "evaluation" / f"step_{step:08d}"
-    return evaluate_tasks(texts.tasks, drawing, config, folder, all_ranks(job.groups))
+    return evaluate_tasks(texts.tasks, drawing, config, folder, all_ranks(groups))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from transformers import PreTrainedTokenizerBase
 
 from megatron_opd.config.rollout import RolloutConfig, SGLangConfig
 from megatron_opd.config.schema import Config
@@ -36,8 +37,10 @@ Publish = Callable[[int], float]
 
 
 class ServedTexts(Protocol):
-    """What servers and their client have to know of the tokens."""
+    """What servers, their client and an evaluation have to know of the tokens."""
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
     @property
     def vocab_size(self) -> int: ...
     @property

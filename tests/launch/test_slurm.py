@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,13 @@ def test_a_machine_without_slurm(tmp_path: Path, capsys: Any, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("servers", "patience", "saves", "expected"),
-    [(1, 60, "exit 75", 75), (1, 1, "", 143), (143, 60, "exit 75", 0)],
+    [(1, 60, "sys.exit(75)", 75), (1, 1, "None", 143), (143, 60, "sys.exit(75)", 0)],
     ids=["the run saves", "the run does not save in time", "the ranks have been told to stop as well"],
 )
 def test_servers_that_end_before_the_run(
     servers: int, patience: int, saves: str, expected: int, tmp_path: Path
 ) -> None:
-    """The end of the script, with shells in the place of the steps: a run that saves when told, or by itself later."""
+    """The end of the script, with small programs for steps: a run saves when told, or ends by itself."""
     job = SlurmJob(
         arguments=["run.yaml"],
         run_dir=tmp_path,
@@ -144,10 +145,17 @@ def test_servers_that_end_before_the_run(
         signal_seconds=patience,
     )
     watching = "wait -n" + render(job).partition("wait -n")[2].partition("\nif [ -s")[0]
-    by_itself = "[ -e told ] && sleep 1 && exit 0" if servers == 143 else ":"
+    (tmp_path / "run.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGUSR1, lambda *_: {saves})\n"
+        "pathlib.Path('ready').touch()\n"
+        f"while not ({servers == 143} and pathlib.Path('told').exists()):\n"
+        "    time.sleep(0.1)\n"
+        "time.sleep(1)\n"
+    )
     steps = (
-        f"run_dir=.\nbash -c 'trap \"{saves or ':'}\" USR1; touch ready; while :; do {by_itself}; sleep 0.1; done' &\n"
-        f"run=$!\n(until [ -e ready ]; do sleep 0.1; done; touch told; exit {servers}) &\nservers=($!)\n"
+        f"run_dir=.\n{sys.executable} -S run.py &\nrun=$!\n"
+        f"(until [ -e ready ]; do sleep 0.1; done; touch told; exit {servers}) &\nservers=($!)\n"
     )
     done = subprocess.run(
         ["bash", "-c", f'{steps}{watching}\nexit "$code"'], cwd=tmp_path, capture_output=True, text=True

@@ -48,7 +48,7 @@ def write_run(folder: Path, *, scale: float = 1.0, steps: int = STEPS, **setting
     for key, value in settings.items():
         section, name = key.split("__")
         config.setdefault(section, {})[name] = value
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     rows = [{"step": 0, "eval/reverse_kl": 4 * scale}, *(row(step, scale) for step in range(1, steps + 1))]
     rows[-1] |= {"eval/reverse_kl": scale, "eval/math/avg@8": 0.5}
     rows[-1] |= {"eval/math/avg@8_low": 0.4, "eval/math/avg@8_high": 0.6}
