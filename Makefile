@@ -4,6 +4,8 @@
 # make test         lint, format, types and tests
 # make .venv-sglang/.installed
 #                   SGLang on a Linux machine without an NVIDIA GPU (tools/sglang_cpu/README.md)
+# make .venv-trl/.installed
+#                   TRL, for python -m tools.bench.end_to_end
 #
 # The first four make the environments they need first. Variables:
 #   PYTHON       the Python (3.11 or 3.12) that they are made with
@@ -23,6 +25,8 @@ TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 SGLANG := .venv-sglang
 OWN_SGLANG := $(if $(MEGATRON_OPD_SGLANG)$(shell command -v nvidia-smi),,$(SGLANG)/.installed)
 SGLANG_PIP := $(SGLANG)/bin/python -m pip --disable-pip-version-check
+
+TRL := .venv-trl
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -56,7 +60,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(SGLANG) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG) $(TRL) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find megatron_opd tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv with the package, editable, and the extra named by the stamp. Without an NVIDIA GPU torch comes first, so that
@@ -75,4 +79,11 @@ $(SGLANG)/.installed: $(wildcard $(addprefix tools/sglang_cpu/,*.py *.toml *.txt
 	$(SGLANG_PIP) install --constraint tools/sglang_cpu/constraints.txt --requirement tools/sglang_cpu/requirements.txt
 	$(SGLANG_PIP) install --no-deps --force-reinstall ./tools/sglang_cpu
 	rm -rf tools/sglang_cpu/build tools/sglang_cpu/*.egg-info
+	touch $@
+
+# Naming torch again keeps TRL's requirements from bringing another one.
+$(TRL)/.installed:
+	test -x $(TRL)/bin/python || $(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip --disable-pip-version-check install $(TORCH)
+	$(TRL)/bin/python -m pip --disable-pip-version-check install torch==2.13.0 trl==1.16.0 transformers==5.23.0
 	touch $@
