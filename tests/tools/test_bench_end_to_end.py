@@ -100,6 +100,6 @@ def test_the_first_step_does_not_count_and_the_ratio_is_that_of_rounds(capsys):
 
 def test_a_peer_that_ends_says_why(tmp_path):
     program = "import sys; sys.exit('it has no money')"
-    with Peer([sys.executable, "-c", program], tmp_path / "log", {}) as peer:
-        with pytest.raises(SystemExit, match="it has no money"):
-            peer.ready()
+    peer = Peer([sys.executable, "-c", program], tmp_path / "log", {})
+    with peer, pytest.raises(SystemExit, match="it has no money"):
+        peer.ready()
