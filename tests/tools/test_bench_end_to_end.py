@@ -67,7 +67,7 @@ def test_small_run(gloo, tmp_path):
     assert "fp32, 4 × 8 tokens a step, 3 steps" in printed
     cells = table_cells(printed)
     assert list(cells) == ["ours", "TRL"]
-    assert all(float(cell) > 0 for row in cells.values() for cell in row)
+    assert all(float(cell) > 0 for cell in cells["ours"])
     (*_, before, after), (*_, untrained_before, untrained_after) = cells["ours"], cells["TRL"]
     assert before == untrained_before == untrained_after, "the stand-in has saved the student as it was"
     assert float(after) < float(before)
@@ -83,7 +83,7 @@ def test_a_missing_environment_is_one_line(monkeypatch, tmp_path, capsys):
 
 def test_the_first_step_does_not_count_and_the_ratio_is_that_of_rounds(capsys):
     def steps(*seconds: float) -> list[Step]:
-        return [Step(each, 100, 500, (number + 1) * GIB) for number, each in enumerate(seconds)]
+        return [Step(each, each / 2, 100, 500, (number + 1) * GIB) for number, each in enumerate(seconds)]
 
     runs = {
         "ours": Run(steps(99.0, 2.0, 5.0, 2.5), 1.25),
@@ -92,10 +92,10 @@ def test_the_first_step_does_not_count_and_the_ratio_is_that_of_rounds(capsys):
     print_figures("recorded", 2.5, runs)
     printed = capsys.readouterr().out
     assert table_cells(printed) == {
-        "ours": ["2.50", "200", "4.00", "2.500", "1.250"],
-        "TRL": ["5.00", "100", "4.00", "2.500", "1.375"],
+        "ours": ["2.50", "1.25", "200", "4.00", "2.500", "1.250"],
+        "TRL": ["5.00", "2.50", "100", "4.00", "2.500", "1.375"],
     }
-    assert "ours / TRL = 2.00" in printed
+    assert "ours / TRL = 2.00" in printed and "TRL / ours = 2.00" in printed
 
 
 def test_a_peer_that_ends_says_why(tmp_path):

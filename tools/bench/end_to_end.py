@@ -5,7 +5,8 @@ Usage: python -m tools.bench.end_to_end [--precision fp32|bf16] [--steps N] [KEY
 Models and prompts are the quickstart's (made where they are missing), and so are its batch and lengths; KEY=VALUE
 changes its configuration. Both sides start from the same Hugging Face folders, read the same prompts in the same order,
 draw at the same temperature, minimise the mean exact reverse KL over the vocabulary and update with AdamW at the same
-constant rate. In bf16 both keep float32 master weights: ours compute with a bf16 copy, TRL's under autocast.
+constant rate. In bf16 both teachers have bf16 weights and both students float32 master weights, of which ours computes
+with a bf16 copy and TRL's under autocast.
 
 TRL runs in an environment of its own (`make .venv-trl/.installed`). The two take their steps in turns on the CPU, each
 with all threads while the other waits, so that drift of the machine meets both. The first step does not count for the
@@ -22,8 +23,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_opd.checkpoint.hf_export import save_hf
 from megatron_opd.config.load import load_config
 from megatron_opd.config.schema import Config
+from megatron_opd.data.prompts import load_prompts
+from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.errors import UserError
+from megatron_opd.models.gpt import DTYPES
+from megatron_opd.report.run_log import RunLog
+from megatron_opd.train import train_step
+from megatron_opd.training.evaluating import evaluate_heldout
+from megatron_opd.training.job import set_up
 from tools.bench.measure import median_ratio
-from tools.bench.turns import Peer, Step, peak_bytes
+from tools.bench.turns import Peer, Step, Stopwatch
 from tools.quickstart import CONFIG, STUDENT_HF, TEACHER_HF, prepare
 
 TRL = Path(".venv-trl/bin/python")
@@ -86,7 +93,6 @@ def compare(
 ) -> tuple[str, float, dict[str, Run]]:
     """(title, held-out reverse KL at the start, the runs of both sides)."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     prepare(Console())
     fixed = {**SETTINGS, "run_dir": folder / "run", "precision": precision, "training.steps": steps}
     overrides = [*(f"{key}={value}" for key, value in fixed.items()), *given]
@@ -107,9 +113,6 @@ def compare(
 
 def write_prompts(config: Config, path: Path) -> None:
     """The prompts of all steps in the order of their file, without those that are too long, as chat messages."""
-    from megatron_opd.data.prompts import load_prompts
-    from megatron_opd.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(config.student.path)
     loaded = load_prompts(config.data.prompts, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
     wanted = config.rollout.prompts_per_step * config.training.steps
@@ -132,6 +135,7 @@ def trl_settings(config: Config, folder: Path, export: Path) -> dict[str, Any]:
         "trainer": {
             "output_dir": str(folder / "trl"),
             "bf16": config.precision == "bf16",
+            "teacher_model_init_kwargs": {"dtype": str(DTYPES[config.precision]).removeprefix("torch.")},
             "max_steps": config.training.steps,
             "per_device_train_batch_size": rollout.prompts_per_step,
             "max_completion_length": rollout.max_new_tokens,
@@ -174,40 +178,29 @@ class OurSteps:
     """Our training, a step at a time: what `train` does between two checkpoints. Steps are taken inside `log`."""
 
     def __init__(self, config: Config) -> None:
-        from megatron_opd.report.run_log import RunLog
-        from megatron_opd.training.job import set_up
-
         self._job = set_up(config)
         decode, steps = self._job.texts.tokenizer.decode, config.training.steps
         self.log = RunLog(config.run_dir, start=0, steps=steps, enabled=True, decode=decode)
 
     def step(self, number: int) -> Step:
         """Take step `number`, counted from 1, and write its metrics and samples."""
-        from megatron_opd.train import train_step
-
-        began = time.perf_counter()
+        watch = Stopwatch()
         metrics, rollouts, diagnostics = train_step(self._job, number)
         self.log.record(number, metrics, rollouts, diagnostics)
-        seconds = time.perf_counter() - began
         prompt, response = (
             sum(len(getattr(rollout, name)) for rollout in rollouts)
             for name in ("prompt_ids", "response_ids")
         )
-        return Step(seconds, prompt, response, peak_bytes())
+        return watch.step(prompt, response)
 
     def finish(self, export: Path) -> None:
         """Save the student as a Hugging Face folder."""
-        from megatron_opd.checkpoint.hf_export import save_hf
-
         job = self._job
         save_hf(job.student.chunks, job.architecture, job.groups, job.config.student.path, export)
 
 
 def heldout_reverse_kl(config: Config, student: Path, run_dir: Path) -> float:
     """Of a student in a Hugging Face folder, in float32, nats per token on its own responses."""
-    from megatron_opd.training.evaluating import evaluate_heldout
-    from megatron_opd.training.job import set_up
-
     gc.collect()
     measured = config.student.model_copy(update={"path": student})
     changed = {"precision": "fp32", "student": measured, "run_dir": run_dir}
@@ -216,20 +209,25 @@ def heldout_reverse_kl(config: Config, student: Path, run_dir: Path) -> float:
 
 def progress(number: int, sides: dict[str, Step]) -> str:
     """A line on a round."""
-    said = [f"{name} {step.seconds:.2f} s for {step.response_tokens} tokens" for name, step in sides.items()]
+    said = [
+        f"{name} {step.seconds:.2f} s ({step.cpu_seconds:.2f} s of CPU) for {step.response_tokens} tokens"
+        for name, step in sides.items()
+    ]
     return f"step {number}: {', '.join(said)}"
 
 
 def print_figures(title: str, start: float, runs: dict[str, Run]) -> None:
     """A line a side, and how many times TRL's tokens a second are ours."""
-    table = Table("", "step, s", "tokens/s", "peak GiB", "reverse KL", "after", title=title)
-    speeds = {}
+    table = Table("", "step, s", "CPU s", "tokens/s", "peak GiB", "reverse KL", "after", title=title)
+    speeds, cpu = {}, {}
     for name, run in runs.items():
         counted = run.steps[1:]
         speeds[name] = [step.speed for step in counted]
+        cpu[name] = [step.cpu_seconds / step.response_tokens for step in counted]
         table.add_row(
             name,
             f"{statistics.median(step.seconds for step in counted):.2f}",
+            f"{statistics.median(step.cpu_seconds for step in counted):.2f}",
             f"{statistics.median(speeds[name]):.0f}",
             f"{run.steps[-1].peak_bytes / 2**30:.2f}",
             f"{start:.3f}",
@@ -237,6 +235,7 @@ def print_figures(title: str, start: float, runs: dict[str, Run]) -> None:
         )
     Console().print(table)
     print(f"tokens/s, ours / TRL = {median_ratio(speeds['ours'], speeds['TRL']):.2f} (median of rounds)")
+    print(f"CPU seconds a token, TRL / ours = {median_ratio(cpu['TRL'], cpu['ours']):.2f}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Step:
     """What a training step took: all of it, from prompts to the lines of its log."""
 
     seconds: float
+    cpu_seconds: float  # of all threads: what other work on the machine hardly changes
     prompt_tokens: int
     response_tokens: int
     peak_bytes: int  # most memory that the process has had resident since it began
@@ -38,6 +39,19 @@ def peak_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
+
+
+class Stopwatch:
+    """Begins a step when it is made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def step(self, prompt_tokens: int, response_tokens: int) -> Step:
+        """The step, which ends now."""
+        wall, cpu = self._began
+        seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+        return Step(seconds, cpu_seconds, prompt_tokens, response_tokens, peak_bytes())
 
 
 class Peer:
@@ -106,18 +120,17 @@ class Turns:
         sys.stdout.flush()
         self._answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        self._began = 0.0
+        self._watch = Stopwatch()
 
     def wait(self) -> None:
         """Until the next step is asked for; its time begins. The process ends when nobody asks any more."""
         if not sys.stdin.readline():
             raise SystemExit(1)
-        self._began = time.perf_counter()
+        self._watch = Stopwatch()
 
     def took(self, prompt_tokens: int, response_tokens: int) -> None:
         """Answer: the step is done."""
-        seconds = time.perf_counter() - self._began
-        self.say(asdict(Step(seconds, prompt_tokens, response_tokens, peak_bytes())))
+        self.say(asdict(self._watch.step(prompt_tokens, response_tokens)))
 
     def say(self, answer: dict[str, Any]) -> None:
         """Send a line; an empty answer says that the peer is ready, or has saved."""
