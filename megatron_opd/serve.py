@@ -22,13 +22,15 @@ from megatron_opd.models.architecture import read_served
 from megatron_opd.rollout.server_start import ServerSettings
 from megatron_opd.rollout.servers import LOOPBACK, Servers
 from megatron_opd.training.serving import rollout_server_settings, teacher_server_settings
+from megatron_opd.watch.stopping import SIGNALS
 
 
 def serve(config: Config, role: str, port: int) -> None:
     """Start the servers of `role`, "rollout" or "teacher", at `port` and those after it, until SIGTERM or SIGINT.
 
     They listen on all interfaces, ask for the key in SGLANG_API_KEY and share all GPUs of the machine. One that ends is
-    started again. Raises Outage when they do not start; exits with code 1 when none is left.
+    started again. In a step of a SLURM job only SIGKILL ends them. Raises Outage when they do not start; exits with
+    code 1 when none is left.
     """
     settings = machine_settings(config, role)
     path = config.student.path if role == "rollout" else config.teacher.folder
@@ -51,10 +53,13 @@ def serve(config: Config, role: str, port: int) -> None:
         first_port=port,
         others_update=role == "rollout",
     )
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # SLURM sends it to all of a job; the run needs its servers to stop
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # only a scheduler sends it
     signal.signal(signal.SIGTERM, _end)
+    if "SLURM_STEP_ID" in os.environ:
+        # What is sent to a job comes to every step, and the ranks may need their servers for the step that they save
+        # after. srun ends these by SIGKILL, at the end of the script or when it is told to stop.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     servers.start(path, "as started")
     try:
         while not servers.given_up:

@@ -69,6 +69,8 @@ def learn(config: Config, stopping: Stopping) -> bool:
         done = take_steps(job, start, log, publish, saves, stopping)
         if done < steps:
             log.say(stopping.farewell(done))
+            if stopping.by_hand:
+                log.report()
             stopping.leave()
         else:
             export = config.run_dir / "hf" if config.checkpoint.export_hf else None

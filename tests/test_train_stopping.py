@@ -1,5 +1,6 @@
 """Runs that a signal stops: they save, end with the requeue code, and go on as if nothing had been."""
 
+import json
 import os
 import re
 import signal
@@ -7,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from megatron_opd.checkpoint.store import published
 from megatron_opd.launch.worker import REQUEUE_EXIT
-from tests.data.tiny_tokenizer import write_prompts
 from tests.forked import run_forked
+from tests.slurm_cluster import until
 from tests.test_train import check_ledger, command, inputs, metrics, write_config
 
 __all__ = ["inputs"]
@@ -77,24 +77,26 @@ def stopped_at(process: subprocess.Popen[str], run_dir: Path, signal_name: str) 
 
 
 @pytest.mark.parametrize(
-    ("layout", "told"),
+    ("layout", "told", "number"),
     [
-        ({"parallel__data": 2}, 1),
-        ({"teacher__parallel": {"separate": True}}, 1),  # a rank of the teacher
-        pytest.param({"parallel__pipeline": 2}, 0, marks=pytest.mark.full),
+        ({"parallel__data": 2}, 1, signal.SIGUSR1),
+        ({"teacher__parallel": {"separate": True}}, 1, signal.SIGINT),  # a rank of the teacher
+        pytest.param({"parallel__pipeline": 2}, 0, signal.SIGUSR1, marks=pytest.mark.full),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(
-    inputs: Path, tmp_path: Path, layout: dict[str, Any], told: int
+    inputs: Path, tmp_path: Path, layout: dict[str, Any], told: int, number: signal.Signals
 ) -> None:
+    """Ctrl-C leaves a report too. A scheduler, which sends the other signal, is not kept waiting for it."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     settings = {"training__steps": 40, "checkpoint__save_every": 0, **layout}
     config = write_config(inputs, cut, **settings)
     with started("launch", "local", config) as launcher:
         wait_for_step(launcher, cut, 2)
-        rank(launcher, told).send_signal(signal.SIGUSR1)
-        step = stopped_at(launcher, cut, "SIGUSR1")
+        rank(launcher, told).send_signal(number)
+        step = stopped_at(launcher, cut, number.name)
     assert 2 <= step < 40
+    assert (cut / "report.html").exists() == (number == signal.SIGINT)
 
     assert run_forked("launch", "local", write_config(inputs, whole, **settings)).returncode == 0
     again = run_forked("launch", "local", config)
@@ -127,40 +129,27 @@ def test_a_long_rollout_is_cut_off(inputs: Path, tmp_path: Path) -> None:
         assert stopped_at(launcher, run_dir, "SIGTERM") == 1
 
 
-@pytest.mark.full
-def test_ctrl_c_saves_and_again_ends_at_once(inputs: Path, tmp_path: Path) -> None:
-    """The second one comes while thousands of held-out responses are drawn, which are finished otherwise."""
+def test_ctrl_c_once_more_ends_a_run_at_once(inputs: Path, tmp_path: Path) -> None:
+    """While thousands of responses to a task are drawn, which are finished otherwise."""
     run_dir = tmp_path / "run"
-    config = write_config(inputs, run_dir, evaluation__prompts=None, evaluation__every=0)
-    # A suite in the background ignores Ctrl-C.
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    write_prompts(tmp_path / "many.jsonl", 2_000)
-    many = ("evaluation.every=1", "evaluation.max_prompts=2000", "rollout.max_batch=1")
-    for arguments, code in (
-        (("training.steps=5000",), REQUEUE_EXIT),
-        (("training.steps=5000", f"evaluation.prompts={tmp_path / 'many.jsonl'}", *many), 130),
-    ):
-        process = subprocess.Popen(
-            command("train", config, *arguments), stderr=subprocess.PIPE, text=True, preexec_fn=listening
-        )
-        try:
-            wait_for_step(process, run_dir, 1)  # the second command finds it there
-            deadline = time.monotonic() + 200
-            while not saves_at_a_signal(psutil.Process(process.pid)):
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.05)
-            assert process.stderr is not None
-            process.send_signal(signal.SIGINT)
-            while "SIGINT: stopping" not in process.stderr.readline():
-                assert process.poll() is None
-            if code == 130:
-                time.sleep(1.5)  # within a second it would count as the same
-                process.send_signal(signal.SIGINT)
-            err = process.communicate(timeout=60)[1]
-        finally:
-            process.kill()
-        assert process.returncode == code and "Traceback" not in err, err
-    assert "ended at once" in err
+    config = write_config(inputs, run_dir, evaluation__prompts=None, evaluation__every=0, training__steps=1)
+    assert run_forked("train", config).returncode == 0
+    problem = json.dumps({"question": "one two", "answer": "1"}) + "\n"
+    words = ["training.steps=5000", "evaluation.every=1", "rollout.max_batch=1"]
+    for name, count in (("few", 1), ("many", 5_000)):
+        (tmp_path / f"{name}.jsonl").write_text(problem * count)
+        words.append(f"evaluation.tasks.{name}.path={tmp_path / name}.jsonl")
+    with started("train", config, *words) as process:
+        few = run_dir / "evaluation" / "step_00000002" / "few.jsonl"
+        until(lambda: few.exists() or process.poll() is not None, lambda: "no step was evaluated", 200)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        while "SIGINT: stopping" not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(1.5)  # within a second it would count as the same
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in err and "ended at once" in err, err
 
 
 def test_a_rank_that_hangs_ends_the_run_in_time(inputs: Path, tmp_path: Path) -> None:

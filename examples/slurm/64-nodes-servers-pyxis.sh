@@ -90,11 +90,9 @@ srun --nodes=48 --ntasks=384 --ntasks-per-node=8 --relative=0 --cpus-per-task=12
     megatron-opd train -- "${config[@]}" "${urls[@]}" &
 run=$!
 wait -n # for the run, or for servers that end before it
-ended=$?
 if kill -0 "$run" 2> /dev/null; then
     echo "servers have ended before the run, which has 900 s to save: see the logs in $run_dir/servers" >&2
-    # 143: by SIGTERM, which the ranks have had too; a second signal would end them before they have saved
-    if [ "$ended" != 143 ]; then kill -USR1 "$run"; fi
+    kill -USR1 "$run"
     for ((left = 900; left > 0; left--)); do
         kill -0 "$run" 2> /dev/null || break
         sleep 1

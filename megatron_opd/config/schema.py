@@ -291,7 +291,10 @@ class TimeoutsConfig(Section):
     )
     step: Seconds = Field(3600.0, description="The updates of a step; a separate teacher is waited for here.")
     sync: Seconds = Field(1800.0, description="New weights for servers, whose start the first one includes.")
-    evaluation: Seconds = Field(7200.0, description="Held-out rollouts and their reverse KL, and tasks.")
+    evaluation: Seconds = Field(
+        7200.0,
+        description="Held-out rollouts and their reverse KL, and tasks. In `evaluate`: responses drawn together.",
+    )
     save: Seconds = Field(3600.0, description="A checkpoint, and the export of the last one.")
 
     @property

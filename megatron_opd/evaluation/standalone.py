@@ -33,6 +33,8 @@ from megatron_opd.training.job import init_distributed
 from megatron_opd.training.models import load_gpt
 from megatron_opd.training.relay import layout_of
 from megatron_opd.training.serving import serving
+from megatron_opd.watch.phases import SYNC, Phases
+from megatron_opd.watch.watchdog import Watchdog
 
 RESULTS = "results.json"
 
@@ -65,6 +67,7 @@ class Evaluated:
     student: EvaluatedChunks
     texts: EvaluatedTexts
     engine: RolloutEngine
+    phases: Phases
 
 
 def model_of(config: Config, given: Path | None) -> Path:
@@ -147,7 +150,7 @@ def load(
     for chunk in chunks:
         chunk.eval()
     engine = engine_of(config, chunks, arch, groups)
-    return Evaluated(config, arch, groups, device, EvaluatedChunks(chunks), texts, engine)
+    return Evaluated(config, arch, groups, device, EvaluatedChunks(chunks), texts, engine, Phases())
 
 
 def engine_of(
@@ -161,9 +164,11 @@ def engine_of(
 
 def scores_on_rank_0(evaluated: Evaluated, say: Callable[[str], None]) -> dict[str, TaskScores]:
     """The scores by task on rank 0, {} elsewhere; `say` is told what servers do. Collective over the model's ranks."""
-    with serving(evaluated, say) as publish:
-        publish(0)
-        return task_scores(evaluated, 0, publish, evaluated.config.run_dir)
+    config, phases = evaluated.config, evaluated.phases
+    with Watchdog(phases, config.timeouts.limits, config.run_dir), serving(evaluated, say) as publish:
+        with phases(SYNC):
+            publish(0)
+        return task_scores(evaluated, 0, publish, config.run_dir)
 
 
 def _say(line: str) -> None:

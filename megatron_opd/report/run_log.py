@@ -123,6 +123,13 @@ class RunLog:
             with self._writing():
                 self._metrics.complete(step, values)
 
+    def report(self) -> None:
+        """Write the report of a run that has stopped before its end, and say where it is."""
+        if self.enabled and any(row.get("loss") is not None for row in read_metrics(self.run_dir)):
+            page = self._report()
+            if page is not None:
+                self.say(f"report: {page}")
+
     def summarise(self, *, checkpoint: Path, export: Path | None) -> None:
         """Draw the curve, write the report and print what the run achieved and where its outputs are."""
         if not self.enabled:

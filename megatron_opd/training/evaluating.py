@@ -57,7 +57,8 @@ def task_scores(model: Served, step: int, publish: Publish, folder: Path) -> dic
         def once() -> list[Rollout]:
             return generate_sharded(engine, prompts, sampling, weight_version=step, group=groups.dp_cp)
 
-        return drawn(once, publish, step)
+        with model.phases(EVALUATION):
+            return drawn(once, publish, step)
 
     decode = partial(texts.tokenizer.decode, skip_special_tokens=True)
     drawing = Drawing(draw, texts.stop_ids, decode, drawn_together(config))

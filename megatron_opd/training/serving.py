@@ -24,6 +24,7 @@ from megatron_opd.rollout.server_start import ServerSettings
 from megatron_opd.rollout.servers import Servers
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.rollout.sharded import RolloutEngine
+from megatron_opd.watch.phases import Phases
 from megatron_opd.weight_sync.disk import DiskTransport
 from megatron_opd.weight_sync.distributed import DistributedTransport
 from megatron_opd.weight_sync.sync import WeightSync
@@ -73,6 +74,8 @@ class Served(Protocol):
     def texts(self) -> ServedTexts: ...
     @property
     def engine(self) -> RolloutEngine: ...
+    @property
+    def phases(self) -> Phases: ...
 
 
 def drawn(draw: Callable[[], list[Rollout]], publish: Publish, step: int) -> list[Rollout]:

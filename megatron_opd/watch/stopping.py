@@ -84,6 +84,11 @@ class Stopping:
         self._others = int(found)
         return signal.Signals(int(found)) if found else None
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether all have `agreed` on Ctrl-C. Schedulers send the others, and count the seconds from then on."""
+        return self._others == signal.SIGINT
+
     def farewell(self, done: int) -> str:
         """One line for the user, on a rank where all have `agreed`; `done` steps are behind the run, and saved."""
         name = signal.Signals(self._others).name

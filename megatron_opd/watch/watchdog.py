@@ -100,7 +100,7 @@ class Watchdog:
             others = f"{self._others(name)}; " if self._ranks > 1 else ""
             report_failure(
                 f"rank {self._rank} has been in {name} for {self._spent:.0f} s (section timeouts: at most {limit:g}): "
-                f"{others}the stacks of all ranks are in {self._folder}; start the same command again to resume"
+                f"{others}the stacks of all ranks are in {self._folder}; start the same command again"
             )
         self._write_stacks()
         time.sleep(3 * _POLL)

@@ -1,6 +1,7 @@
 """Whole evaluations of a tiny model: the same in every layout, while training and by the command, and served."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,14 @@ def test_mistakes_are_one_line(words, message, inputs, tmp_path):
     done = run_forked("evaluate", config, *(word.format(inputs=inputs) for word in words))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_an_evaluation_that_is_stuck_ends(inputs, tmp_path):
+    words = ("evaluation.tasks.digits.k=9999", "rollout.max_batch=1", "timeouts.evaluation=1")
+    done = run_forked("evaluate", config_of(inputs, tmp_path / "run"), *words, "--model", inputs / "student")
+    assert done.returncode == 1
+    assert re.match(r"error: rank 0 has been in evaluation for \d+ s", done.stderr.splitlines()[-1])
+    assert "generate" in next((tmp_path / "run").rglob("rank_00000.txt")).read_text()
 
 
 def test_a_run_without_tasks_has_nothing_to_evaluate(inputs, tmp_path):

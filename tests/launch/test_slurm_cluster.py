@@ -15,6 +15,7 @@ from megatron_opd.cli import main
 from tests.forked import run_forked
 from tests.sglang_server import SEEDED, sglang_python
 from tests.slurm_cluster import SlurmCluster, slurm_cluster, text, until
+from tests.test_serve import ANSWERING, served
 from tests.test_train import inputs, metrics, write_config
 from tests.test_train_own_teacher import assert_same
 
@@ -189,6 +190,46 @@ def test_a_run_goes_on_when_a_node_dies(
     assert (found["Restarts"], found["NodeList"]) == ("1", "n[1,3]"), text(log)
     assert "resuming at step" in text(log)
     assert_same(metrics(tmp_path / "run"), expected)
+
+
+def test_a_signal_to_the_whole_job_leaves_the_servers_to_the_run(
+    inputs: Path, tmp_path: Path, slurm_cluster: SlurmCluster, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at pre-emption. In the place of the ranks a program that saves if its teacher answers after the signal."""
+    program = tmp_path / "bin" / "megatron-opd"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import os, re, signal, sys, time, urllib.request\n"
+        "from pathlib import Path\n"
+        "from megatron_opd.launch.worker import leave_exit_code\n"
+        "if sys.argv[1] == 'serve':\n"
+        "    os.execv(sys.executable, [sys.executable, '-m', 'megatron_opd.cli', *sys.argv[1:]])\n"
+        "if 'SLURM_RESTART_COUNT' in os.environ:\n"
+        "    sys.exit(0)\n"
+        "def save(*_):\n"
+        "    time.sleep(3)\n"
+        "    url = re.search(r'teacher.sglang.urls=\\[(.*?)\\]', ' '.join(sys.argv))[1]\n"
+        "    urllib.request.urlopen(url + '/health')\n"
+        "    Path('run/checkpoints').mkdir()\n"
+        "    Path('run/checkpoints/latest').symlink_to('step_1')\n"
+        "    leave_exit_code(75)\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "Path('ready').touch()\n"
+        "time.sleep(100)\n"
+        "sys.exit(1)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    config = served(inputs, tmp_path, ANSWERING, servers=1)
+    job = submit(config, "--nodes=1", "--processes-per-node=1", "--teacher-nodes=1", "--retries=0")
+    log = tmp_path / f"run-{job}.log"
+    until((tmp_path / "ready").exists, lambda: text(log), 200)
+    slurm_cluster.run("scancel", "--signal=TERM", job)
+    found = slurm_cluster.wait(job, "COMPLETED", log)
+    assert found["Restarts"] == "1" and text(log).count("SGLang: 1 ready") == 2, text(log)
+    assert "servers have ended before the run" not in text(log)
 
 
 @pytest.mark.full
