@@ -95,9 +95,9 @@ def test_every_study_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
         results = json.loads((folder / "results.json").read_text())
         assert set(results["models"]) == {stage for each in SMOKE.recipe.learners for stage in each.stages}
         assert (folder / "figure.png").stat().st_size > 10_000
-        again = subprocess.run(command, capture_output=True, text=True)
-        assert again.returncode == 0 and "runs " not in again.stdout, again.stderr
-        assert json.loads((folder / "results.json").read_text()) == results
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "runs " not in again.stdout, again.stderr
+    assert json.loads((folder / "results.json").read_text()) == results
 
 
 def test_the_toy_study_of_the_discount(tmp_path: Path) -> None:
