@@ -97,7 +97,7 @@ class Study:
             "rollout.max_new_tokens": size.recipe.max_new_tokens,
             "objective.preset": "opd",
             "optimizer.lr": 1e-4,
-            "optimizer.warmup_steps": 5,
+            "optimizer.warmup_steps": min(5, size.steps),
             "optimizer.beta2": 0.98,
             "training.steps": size.steps,
             "training.microbatch_tokens": 16384,
