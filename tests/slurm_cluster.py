@@ -152,7 +152,7 @@ class SlurmCluster:
         return "\n".join(f"{path.name}: {text(path)[-2000:]}" for path in self.folder.glob("*.log"))
 
 
-def until(condition: Callable[[], bool], what: Callable[[], str], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], what: Callable[[], str], seconds: float = 180.0) -> None:
     """Waits until `condition` holds; fails with `what` says when it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():

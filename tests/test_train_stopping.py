@@ -65,7 +65,7 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
 
 def stopped_at(process: subprocess.Popen[str], run_dir: Path, signal_name: str) -> int:
     """The step that a run says it has been stopped after, which is what it has saved and logged."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == REQUEUE_EXIT, err
     assert "Traceback" not in err
     (found,) = STOPPED.findall(out)
@@ -148,7 +148,7 @@ def test_ctrl_c_once_more_ends_a_run_at_once(inputs: Path, tmp_path: Path) -> No
             assert process.poll() is None
         time.sleep(1.5)  # within a second it would count as the same
         process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=200)[1]
     assert process.returncode == 130 and "Traceback" not in err and "ended at once" in err, err
 
 
@@ -163,7 +163,7 @@ def test_a_rank_that_hangs_ends_the_run_in_time(inputs: Path, tmp_path: Path) ->
     with started("launch", "local", config, *limits) as launcher:
         wait_for_step(launcher, run_dir, 2)
         rank(launcher, 1).send_signal(signal.SIGSTOP)
-        _, err = launcher.communicate(timeout=120)
+        _, err = launcher.communicate(timeout=400)
     assert launcher.returncode == 1
     line = err.splitlines()[-1]
     assert re.match(

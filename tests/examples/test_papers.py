@@ -85,9 +85,16 @@ def test_means_over_seeds() -> None:
     assert mean.shown(1) == "3.0 ± 1.5" and Mean.of([0.25]).shown(0, percent=True) == "25 ± nan"
 
 
-def test_every_study_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("position_bias", "aopd"),
+        pytest.param(("iw_opd", "revisiting_opd"), marks=pytest.mark.full),
+    ],
+)
+def test_studies_run_and_go_on_where_they_were(names: tuple[str, ...], tmp_path: Path) -> None:
     """One after the other, for they share the models."""
-    for name in ("position_bias", "iw_opd", "revisiting_opd", "aopd"):
+    for name in names:
         command = [sys.executable, "-m", f"examples.papers.{name}", "--smoke", "--folder", str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -137,7 +137,7 @@ def test_ranks_end_with_a_launcher_that_is_ended(
     try:
         wait_for(lambda: len(alive(folder)) == 2, "two ranks should start")
         launcher.send_signal(sig)
-        _, err = launcher.communicate(timeout=60)
+        _, err = launcher.communicate(timeout=200)
         wait_for(lambda: not alive(folder), "no rank should be left")
     finally:
         launcher.kill()
