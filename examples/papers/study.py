@@ -114,7 +114,8 @@ def carry_out(calls: Sequence[Call], console: Console) -> None:
     if not calls:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning"  # megatron-core names the optional packages that it lacks
+    # megatron-core names the optional packages that it lacks
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["megatron_opd.train", "megatron_opd.cli"]
