@@ -111,7 +111,7 @@ class Study:
         }
 
 
-def carry(name: str, description: str | None, study: Callable[[Study], None]) -> int:
+def run_study(name: str, description: str | None, study: Callable[[Study], None]) -> int:
     """The command of a study: its options, the models, the study. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=f"python -m examples.papers.{name}",

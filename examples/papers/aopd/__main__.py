@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from examples.papers.settings import Study, carry
+from examples.papers.settings import Study, run_study
 from examples.papers.study import SOLVED, Run, compared, figure_of, train, write_results
 
 K = {"objective.k": 8}
@@ -51,4 +51,4 @@ def study(this: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(carry("aopd", __doc__, study))
+    sys.exit(run_study("aopd", __doc__, study))

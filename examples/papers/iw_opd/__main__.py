@@ -8,7 +8,7 @@ exponents; with a student of the teacher's size and with a smaller one.
 import sys
 from typing import Any
 
-from examples.papers.settings import Study, carry
+from examples.papers.settings import Study, run_study
 from examples.papers.study import SOLVED, Mean, compared, figure_of, train, write_results
 
 WEIGHT = "objective.token_weight"
@@ -47,4 +47,4 @@ def study(this: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(carry("iw_opd", __doc__, study))
+    sys.exit(run_study("iw_opd", __doc__, study))

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from examples.papers.settings import Study, carry
+from examples.papers.settings import Study, run_study
 from examples.papers.study import (
     SOLVED,
     Call,
@@ -158,4 +158,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    sys.exit(carry("position_bias", __doc__, study))
+    sys.exit(run_study("position_bias", __doc__, study))

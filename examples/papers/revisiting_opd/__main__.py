@@ -9,7 +9,7 @@ has never seen: with and without a mask for them. The third part of the paper, t
 import sys
 from typing import Any
 
-from examples.papers.settings import Study, carry
+from examples.papers.settings import Study, run_study
 from examples.papers.study import SOLVED, compared, figure_of, train, write_results
 from examples.papers.tasks import SPELT_OUT
 
@@ -46,4 +46,4 @@ def study(this: Study) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(carry("revisiting_opd", __doc__, study))
+    sys.exit(run_study("revisiting_opd", __doc__, study))
