@@ -36,6 +36,9 @@ def recipe(teacher_steps: int, student_steps: int, **counts: int) -> Recipe:
     )
 
 
+MakeModels = Callable[[Recipe, Path, Callable[[str], None]], dict[str, float]]
+
+
 @dataclass(frozen=True)
 class Size:
     """How large a study is."""
@@ -111,7 +114,9 @@ class Study:
         }
 
 
-def run_study(name: str, description: str | None, study: Callable[[Study], None]) -> int:
+def run_study(
+    name: str, description: str | None, study: Callable[[Study], None], *, models: MakeModels = make_models
+) -> int:
     """The command of a study: its options, the models, the study. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=f"python -m examples.papers.{name}",
@@ -135,9 +140,9 @@ def run_study(name: str, description: str | None, study: Callable[[Study], None]
     try:
         if given.afresh:
             shutil.rmtree(root / name, ignore_errors=True)
-        models = root / "models"
-        solved = make_models(size.recipe, models, console.print)
-        study(Study(size, root / name, models, solved, console))
+        folder = root / "models"
+        solved = models(size.recipe, folder, console.print)
+        study(Study(size, root / name, folder, solved, console))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
