@@ -29,8 +29,8 @@ def serve(config: Config, role: str, port: int) -> None:
     """Start the servers of `role`, "rollout" or "teacher", at `port` and those after it, until SIGTERM or SIGINT.
 
     They listen on all interfaces, ask for the key in SGLANG_API_KEY and share all GPUs of the machine. One that ends is
-    started again. In a step of a SLURM job only SIGKILL ends them. Raises Outage when they do not start; exits with
-    code 1 when none is left.
+    started again. In a step of a SLURM job, unless at a terminal, only SIGKILL ends them. Raises Outage when they do
+    not start; exits with code 1 when none is left.
     """
     settings = machine_settings(config, role)
     path = config.student.path if role == "rollout" else config.teacher.folder
@@ -55,7 +55,7 @@ def serve(config: Config, role: str, port: int) -> None:
     )
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # only a scheduler sends it
     signal.signal(signal.SIGTERM, _end)
-    if "SLURM_STEP_ID" in os.environ:
+    if "SLURM_STEP_ID" in os.environ and not os.isatty(0):
         # What is sent to a job comes to every step, and the ranks may need their servers for the step that they save
         # after. srun ends these by SIGKILL, at the end of the script or when it is told to stop.
         for number in SIGNALS:

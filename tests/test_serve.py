@@ -105,9 +105,11 @@ def test_a_signal_to_a_whole_job_is_not_for_its_servers(step: str, inputs: Path,
     with closing(socket.create_server(("", 0))) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "SGLANG_API_KEY": "secret", "OMP_NUM_THREADS": "1"}
+    environment.pop("SLURM_STEP_ID", None)
     words = ["serve", f"--port={port}", "teacher", config]
     process = subprocess.Popen(
         command(*words),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
         env=environment | ({"SLURM_STEP_ID": step} if step else {}),

@@ -1,9 +1,10 @@
 """Trains the teachers and students of the studies from scratch: small Qwen3-shaped models that learn worked steps.
 
-The teacher learns until it solves more than 90 % of the problems; a student is stopped on the way, as soon as it solves
-the share that its name promises. `make_models` writes them as Hugging Face folders, with prompts and problems beside.
+The teacher learns to the end, and then solves more than 90 % of the problems; a student is stopped on the way, as soon as
+it solves the share that its name promises. `make_models` writes them as Hugging Face folders, with prompts and problems beside.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from examples.papers.tasks import IDS, VOCABULARY, Maker, Problem, decode, encode, tokenizer, write_problems
+from megatron_opd.errors import UserError
 
 disable_progress_bar()
 
@@ -55,6 +57,17 @@ class Recipe:
     supervised: int = 20000  # problems of each task for the trainings
     prompts: int = 8192  # of each task for the distillation
     held_out: int = 256
+
+    @property
+    def described(self) -> str:
+        """All of it as text, by which models of another recipe are known."""
+        tasks = {name: make.keywords for name, make in self.tasks.items()}
+        return str((self.learners, tasks, self.max_new_tokens, self.supervised, self.prompts, self.held_out))
+
+    @property
+    def folder(self) -> str:
+        """A name for the folder of its models that no other recipe has."""
+        return f"models-{hashlib.sha256(self.described.encode()).hexdigest()[:8]}"
 
 
 def build(size: Learner) -> Qwen3ForCausalLM:
@@ -140,6 +153,10 @@ def learn(
         if last or (step % CHECK_EVERY == 0 and any(bound is not None for bound in waiting.values())):
             share = solved(model, test, max_new_tokens)
             for name, bound in list(waiting.items()):
+                if last and bound is not None and share < bound:
+                    raise UserError(
+                        f"{name}: solves {share:.0%} after {step} steps, not {bound:.0%}: train it for longer"
+                    )
                 if last or (bound is not None and share >= bound):
                     del waiting[name]
                     yield name, share, model
@@ -153,7 +170,7 @@ def make_models(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dic
     What is there already, of the same recipe, is used again.
     """
     record = folder / "recipe.json"
-    described = str(recipe.learners) + str(recipe.supervised) + ",".join(recipe.tasks)
+    described = recipe.described
     if record.is_file() and (found := json.loads(record.read_text()))["recipe"] == described:
         return dict(found["solved"])
     shutil.rmtree(folder, ignore_errors=True)

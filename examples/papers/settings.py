@@ -20,15 +20,22 @@ TERMS, NUMBERS = 6, 5
 TASKS = {"chain": partial(chain_sums, terms=TERMS), "sort": partial(sortings, numbers=NUMBERS)}
 
 
-def recipe(teacher_steps: int, student_steps: int, **counts: int) -> Recipe:
-    """The models: a teacher, students of its size and start, a smaller one, one with another spelling."""
+def recipe(teacher_steps: int, student_steps: int, *, good: float = 1.0, **counts: int) -> Recipe:
+    """The models: a teacher, students of its size and start, a smaller one, one with another spelling.
+
+    `good` scales the shares at which students are stopped.
+    """
     large = partial(Learner, hidden=96, layers=3)
     return Recipe(
         learners=(
             large(steps=teacher_steps, stages={"teacher": None}, seed=1),
-            large(steps=student_steps, stages={"weak": 0.1, "student": 0.3, "strong": 0.5}, seed=2),
-            Learner(hidden=64, layers=2, steps=student_steps, stages={"small": 0.3}, seed=3),
-            large(steps=student_steps, stages={"spelt_out": 0.3}, spelt_out=True, seed=4),
+            large(
+                steps=student_steps,
+                stages={"weak": good * 0.1, "student": good * 0.3, "strong": good * 0.5},
+                seed=2,
+            ),
+            Learner(hidden=64, layers=2, steps=student_steps, stages={"small": good * 0.3}, seed=3),
+            large(steps=student_steps, stages={"spelt_out": good * 0.3}, spelt_out=True, seed=4),
         ),
         tasks=dict(TASKS),
         max_new_tokens=64,
@@ -54,7 +61,7 @@ class Size:
 
 FULL = Size(recipe(1500, 1500), seeds=(1, 2, 3), steps=60, rollouts=64, every=20, problems=256)
 SMOKE = Size(
-    recipe(4, 2, supervised=64, prompts=16, held_out=8),
+    recipe(4, 2, good=0.0, supervised=64, prompts=16, held_out=8),
     seeds=(1,),
     steps=1,
     rollouts=4,
@@ -140,7 +147,7 @@ def run_study(
     try:
         if given.afresh:
             shutil.rmtree(root / name, ignore_errors=True)
-        folder = root / "models"
+        folder = root / size.recipe.folder
         solved = models(size.recipe, folder, console.print)
         study(Study(size, root / name, folder, solved, console))
     except UserError as error:

@@ -5,12 +5,12 @@ interrupted study goes on where it was. What a study found is `results.json`: me
 errors.
 """
 
-import contextlib
 import json
 import math
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -63,13 +63,18 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its last step is recorded, with the evaluation after it."""
-        with contextlib.suppress(OSError):
-            return any(row["step"] == self.steps and "eval/seconds" in row for row in self.rows())
-        return False
+        """Whether it has left its report, the last thing that a run does, with this very configuration."""
+        written = self.folder / "report.html"
+        return written.is_file() and self.config_file.read_text() == self.settings
 
-    def prepare(self) -> "Call":
-        """Write the configuration, and say how the run is done."""
+    @property
+    def config_file(self) -> Path:
+        """Where its configuration lies."""
+        return self.folder.with_suffix(".yaml")
+
+    @property
+    def settings(self) -> str:
+        """Its configuration as YAML."""
         tree: dict[str, Any] = {"run_dir": str(self.folder)}
         for key, value in self.changes.items():
             *sections, name = key.split(".")
@@ -77,10 +82,15 @@ class Run:
             for each in sections:
                 section = section.setdefault(each, {})
             section[name] = value
-        config = self.folder.with_suffix(".yaml")
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(yaml.safe_dump(tree, sort_keys=False))
-        return Call(("train", str(config)), self.folder.with_suffix(".log"))
+        return yaml.safe_dump(tree, sort_keys=False)
+
+    def prepare(self) -> "Call":
+        """Write the configuration, and say how the run is done. What is left of a run with another one is deleted."""
+        if self.config_file.is_file() and self.config_file.read_text() != self.settings:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.config_file.parent.mkdir(parents=True, exist_ok=True)
+        self.config_file.write_text(self.settings)
+        return Call(("train", str(self.config_file)), self.folder.with_suffix(".log"))
 
 
 @dataclass(frozen=True)
@@ -126,14 +136,17 @@ def carry_out(calls: Sequence[Call], console: Console) -> None:
         Progress(*columns, TimeRemainingColumn(), console=console) as progress,
     ):
         task = progress.add_task("runs", total=len(calls))
-        for done in as_completed([pool.submit(_wait_for, call, context) for call in calls]):
-            call, code = done.result()
-            if code:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(
-                    f"megatron-opd {' '.join(call.arguments)} has failed ({code}): see {call.log}"
-                )
-            progress.advance(task)
+        try:
+            for done in as_completed([pool.submit(_wait_for, call, context) for call in calls]):
+                call, code = done.result()
+                if code:
+                    raise UserError(
+                        f"megatron-opd {' '.join(call.arguments)} has failed ({code}): see {call.log}"
+                    )
+                progress.advance(task)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _wait_for(call: Call, context: ForkServerContext) -> tuple[Call, int | None]:

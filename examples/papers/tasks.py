@@ -10,8 +10,9 @@ tokenizers that differ.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import reasoning_gym
@@ -108,5 +109,5 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     path.write_text("".join(lines))
 
 
-Maker = Callable[[int, int], list[Problem]]
+Maker = partial[list[Problem]]
 """(number of problems, seed) -> problems."""

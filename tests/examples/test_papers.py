@@ -88,8 +88,8 @@ def test_means_over_seeds() -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("position_bias", "aopd"),
-        pytest.param(("iw_opd", "revisiting_opd"), marks=pytest.mark.full),
+        ("position_bias",),
+        pytest.param(("iw_opd", "revisiting_opd", "aopd"), marks=pytest.mark.full),
     ],
 )
 def test_studies_run_and_go_on_where_they_were(names: tuple[str, ...], tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_toy_study_of_the_discount(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.papers.revisiting_opd.discount", "--smoke"]
     done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "discount.json").read_text())
+    results = json.loads((tmp_path / "smoke" / "discount" / "discount.json").read_text())
     assert list(results) == ["0.0", "0.25", "0.5", "0.75", "1.0"]
     assert all(
         len(run["variance"]) == 2 and len(run["distance"]) == 2 for runs in results.values() for run in runs

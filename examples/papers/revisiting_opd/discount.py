@@ -13,6 +13,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,35 +178,49 @@ def draw(runs: Mapping[float, Sequence[Student]], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def main() -> None:
-    """Train, measure, print a table, write `discount.json` and `discount.png`."""
+def main() -> int:
+    """Train, measure, print a table, write `discount.json` and `discount.png`; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few iterations of one seed")
     parser.add_argument(
         "--folder",
         type=Path,
-        default=Path("runs/papers/discount"),
-        help="of the results (default: %(default)s)",
+        default=Path("runs/papers"),
+        help="the results go to its subfolder discount, or smoke/discount (default: %(default)s)",
     )
     arguments = parser.parse_args()
+    folder = arguments.folder / ("smoke/discount" if arguments.smoke else "discount")
     iterations, seeds = (40, SEEDS[:1]) if arguments.smoke else (2000, SEEDS)
     torch.set_num_threads(1)
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        teachers = pool.starmap(train_teacher, [(task, 30 if arguments.smoke else 1500) for task in (0, 1)])
-        settings = [(teachers, discount, seed, iterations) for discount in DISCOUNTS for seed in seeds]
-        done = [pool.apply_async(distil, setting) for setting in settings]
-        students = [each.get() for each in track(done, description="students")]
+    torch.manual_seed(0)
+    try:
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count(), initializer=_unasked) as pool:
+            teachers = pool.starmap(
+                train_teacher, [(task, 30 if arguments.smoke else 1500) for task in (0, 1)]
+            )
+            settings = [(teachers, discount, seed, iterations) for discount in DISCOUNTS for seed in seeds]
+            done = [pool.apply_async(distil, setting) for setting in settings]
+            students = [each.get() for each in track(done, description="students")]
+    except KeyboardInterrupt:
+        print("interrupted: nothing is kept", file=sys.stderr)
+        return 130
     runs: dict[float, list[Student]] = {discount: [] for discount in DISCOUNTS}
     for (_, discount, *_), student in zip(settings, students, strict=True):
         runs[discount].append(student)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     show(runs, teachers)
     results = {
         str(discount): [{"variance": run.variance, "distance": run.distance} for run in each]
         for discount, each in runs.items()
     }
-    (arguments.folder / "discount.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(runs, arguments.folder / "discount.png")
+    (folder / "discount.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(runs, folder / "discount.png")
+    return 0
+
+
+def _unasked() -> None:
+    """Leaves Ctrl-C to the process that is asked for the results."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def show(runs: Mapping[float, Sequence[Student]], teachers: list[Policy]) -> None:
@@ -225,4 +241,4 @@ def _with_error(values: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
