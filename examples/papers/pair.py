@@ -1,7 +1,8 @@
 """Trains the teachers and students of the studies from scratch: small Qwen3-shaped models that learn worked steps.
 
-The teacher learns to the end, and then solves more than 90 % of the problems; a student is stopped on the way, as soon as
-it solves the share that its name promises. `make_models` writes them as Hugging Face folders, with prompts and problems beside.
+The teacher learns to the end, and then solves more than 90 % of the problems; a student is stopped on the way, as soon
+as it solves the share that its name promises. `make_models` writes them as Hugging Face folders, with prompts and
+problems beside.
 """
 
 import hashlib

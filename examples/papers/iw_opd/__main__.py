@@ -1,8 +1,8 @@
 """Weights of tokens by what came before them: IW-OPD and what it was compared with (2606.22600, tables 1 and 4).
 
-OPD, IW-OPD, the same weights scaled to a mean of 1 (is it the shape of the weight or its size?), more weight for a
-fixed prefix, a prefix that grows, sums of the log-gap with its sign, and the raw ratio of the prefix at several
-exponents; with a student of the teacher's size and with a smaller one.
+OPD, IW-OPD, the same weights divided by their mean over the response, more weight for a fixed prefix, a prefix that
+grows, sums of the log-gap with its sign, and the raw ratio of the prefix at several exponents; with a student of the
+teacher's size and with a smaller one.
 """
 
 import sys
