@@ -8,7 +8,6 @@ Numbers of up to two digits are one token each. `<answer>` has a second spelling
 tokenizers that differ.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
+
+from megatron_opd.data.rollouts import write_objects
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 SYMBOLS = ("+", "-", "=", ",", "ascending", "descending", "<answer>", "</answer>", "<", "answer", ">")
@@ -104,9 +105,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """A JSONL file for `data.prompts` and for a task of `evaluation.tasks`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"prompt": each.prompt, "answer": each.answer}) + "\n" for each in problems)
-    path.write_text("".join(lines))
+    write_objects(path, ({"prompt": each.prompt, "answer": each.answer} for each in problems))
 
 
 Maker = partial[list[Problem]]

@@ -71,6 +71,7 @@ def write_rollouts(
     """
 
     def records() -> Iterator[dict[str, Any]]:
+        """The object of each rollout."""
         for index, rollout in enumerate(rollouts):
             record = _record(rollout)
             if decode is not None:

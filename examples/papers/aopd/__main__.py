@@ -11,11 +11,10 @@ from typing import Any
 from examples.papers.settings import Study, run_study
 from examples.papers.study import SOLVED, Run, compared, figure_of, train, write_results
 
-K = {"objective.k": 8}
 VARIANTS: dict[str, dict[str, Any]] = {
     "OPD": {},
     "GKD": {"objective.preset": "gkd"},
-    "AOPD": {"objective.preset": "aopd", **K},
+    "AOPD": {"objective.preset": "aopd", "objective.k": 8},
 }
 STARTS = {"weak start": "weak", "strong start": "strong"}
 SECOND = "sorting after sums"

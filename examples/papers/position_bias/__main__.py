@@ -4,8 +4,8 @@ Supervision of the whole response, of its first 30 % and of its last 30 %; how o
 that they go on with from the first part of the student's response; and the KL by position before and after.
 """
 
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from examples.papers.study import (
     write_results,
 )
 from examples.papers.tasks import decode, encode
+from megatron_opd.data.rollouts import write_objects
 from megatron_opd.report.step_lines import read_steps
 
 WINDOW = {
@@ -79,7 +80,7 @@ def continuations(this: Study, runs: list[Run]) -> dict[str, dict[float, Mean]]:
     }
     calls, outputs = [], []
     for run in runs:
-        config = begun(run, this.folder / "continued" / f"seed-{run.seed}")
+        config = begun(run)
         for model in found:
             output = config.with_name(model)
             outputs.append((model, output))
@@ -96,37 +97,35 @@ def continuations(this: Study, runs: list[Run]) -> dict[str, dict[float, Mean]]:
     carry_out(calls, this.console)
     for model, output in outputs:
         for share in SHARES:
-            samples = map(json.loads, (output / f"from-{share}.jsonl").read_text().splitlines())
-            right = [sample["right"] for sample in samples]
+            right = [sample["right"] for sample in read_steps(output / f"from-{share}.jsonl")]
             found[model][share].append(sum(right) / len(right))
     return {
         model: {share: Mean.of(each) for share, each in shares.items()} for model, shares in found.items()
     }
 
 
-def begun(run: Run, folder: Path) -> Path:
-    """Problems with a part of the response already written, a task for every share, in a configuration."""
-    samples = read_lines(run.folder / "evaluation" / "step_00000000" / "chain.jsonl")
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = {}
+def begun(run: Run) -> Path:
+    """Problems with a part of the response already written, a task for every share, in a configuration.
+
+    They lie in the folder of the run whose responses they continue, and are gone when it is done again.
+    """
+    samples = read_steps(run.folder / "evaluation" / "step_00000000" / "chain.jsonl")
+    folder, tasks = run.folder / "continued", {}
     for share in SHARES:
         path = folder / f"problems-{share}.jsonl"
-        with path.open("w") as file:
-            for sample in samples:
-                ids = encode(sample["response"])
-                problem = sample["prompt"] + decode(ids[: int(share * len(ids))])
-                file.write(json.dumps({"problem": problem, "answer": sample["expected"]}) + "\n")
+        write_objects(path, (continued(sample, share) for sample in samples))
         tasks[f"from-{share}"] = {"path": str(path)}
-    config = yaml.safe_load((run.folder.with_suffix(".yaml")).read_text())
+    config = yaml.safe_load(run.settings)
     config["evaluation"]["tasks"] = tasks
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def continued(sample: Mapping[str, Any], share: float) -> dict[str, str]:
+    """The problem of a graded response with this share of the response after it, and its answer."""
+    ids = encode(sample["response"])
+    return {"problem": sample["prompt"] + decode(ids[: int(share * len(ids))]), "answer": sample["expected"]}
 
 
 def kl_by_position(runs: list[Run], *, last: bool) -> list[Mean]:
